@@ -17,7 +17,7 @@ class CheckpointIO(Protocol):
     """
 
     def save(self, tree: Mapping[str, Any], path: str) -> None:
-        """Write ``tree``; return once it is durable. Raises ``CheckpointError``, ``StorageError``."""
+        """Write ``tree``; return once durable. Raises ``CheckpointError`` or ``StorageError``."""
         ...
 
     def load(self, path: str) -> dict[str, Any]:

@@ -233,7 +233,7 @@ class Strategy(Protocol):
         ...
 
     def load(self, state: ModelState, *, strict: bool = True) -> None:
-        """Restore a state of any world size. Raises ``CheckpointError``, naming what does not fit."""
+        """Restore a state of any world size; ``CheckpointError`` names what does not fit."""
         ...
 
     def close(self) -> None:
