@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.strategy import StrategyContext as StrategyContext
     from drivetrain_interfaces.strategy import StrategyFactory as StrategyFactory
     from drivetrain_interfaces.strategy import SupportsManualStep as SupportsManualStep
+    from drivetrain_interfaces.strategy import refuse_what_is_newer as refuse_what_is_newer
     from drivetrain_interfaces.strategy import TrainStep as TrainStep
 
 _NAMES = {
@@ -115,6 +116,7 @@ _NAMES = {
         "StrategyFactory",
         "SupportsManualStep",
         "TrainStep",
+        "refuse_what_is_newer",
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -51,7 +51,7 @@ class SideChannel(Protocol):
     """
 
     def post(self, key: str, value: bytes) -> None:
-        """Publish a value that no rank has posted under this key before."""
+        """Publish a value under a key; a later post replaces it."""
         ...
 
     def peek(self, key: str) -> bytes | None:

@@ -1,1 +1,7 @@
-"""Placeholder."""
+"""Torch parts that backends are assembled from.
+
+Importing this package, or ``drivetrain_toolkit.specs``, loads no torch, so that a backend's spec
+may use what they declare. Each part lives in a module of its own; import from there::
+
+    from drivetrain_toolkit.strategies import DDPStrategy
+"""

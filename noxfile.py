@@ -1,0 +1,208 @@
+"""Every command that CI runs. ``nox -l`` lists them; ``nox`` alone runs what CI runs.
+
+Packages are found by reading ``packages/``, so that a new one is tested as soon as it is there.
+Add ``-R`` to run sessions again without installing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import nox
+
+ROOT = Path(__file__).parent
+FOLDER = Path("packages")
+CONSTRAINTS = ("-c", "ci/constraints.txt")
+TEST_TOOLS = ("pytest", "pytest-timeout")
+DIST = Path("build/dist")
+SHARED = Path(".nox/shared")
+
+PROJECTS = {
+    path.parent.name: nox.project.load_toml(path)
+    for path in sorted((ROOT / FOLDER).glob("*/pyproject.toml"))
+}
+ALL = list(PROJECTS)
+
+
+def uses_torch(name: str) -> bool:
+    """Whether a package depends on torch, and so is tested where torch is."""
+    return any(need.startswith("torch") for need in PROJECTS[name]["project"]["dependencies"])
+
+
+def own_environment(name: str) -> bool:
+    """Whether a package cannot share an environment with the others.
+
+    It says so by ``environment = "own"`` in ``[tool.drivetrain]``, as when it pins another torch.
+    """
+    return bool(PROJECTS[name]["tool"]["drivetrain"].get("environment") == "own")
+
+
+BACKENDS = [
+    n for n in ALL if "drivetrain.backends" in PROJECTS[n]["project"].get("entry-points", {})
+]
+TOGETHER = [n for n in ALL if not own_environment(n)]
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = [
+    "lint", "gates", "imports", "wheels", "types", "tests", "integration", "docs", "alone",
+    "quickstart",
+]  # fmt: skip
+
+_made: set[Path] = set()
+
+
+def editable(names: list[str]) -> list[str]:
+    """The arguments that install these packages from this tree."""
+    return [argument for name in dict.fromkeys(names) for argument in ("-e", f"./{FOLDER / name}")]
+
+
+def ids(names: list[str]) -> list[Any]:
+    """One session for each package of a list, named and tagged by it."""
+    return [nox.param(name, id=name, tags=[name]) for name in names]
+
+
+def shared_python(session: nox.Session) -> str:
+    """The Python of the one environment with torch that most sessions share.
+
+    It holds every package of this tree. A torch install takes a gigabyte and half a minute, so the
+    sessions that prove something about installing make their own, and the others share this one.
+    """
+    python = ROOT / SHARED / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    install = not session._runner.global_config.no_install or not python.exists()  # noqa: SLF001 - nox has no public way to ask
+    if install and SHARED not in _made:
+        if not python.exists():
+            session.run(sys.executable, "-m", "virtualenv", "-q", str(SHARED), external=True)
+        tools = (*TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn")
+        pip = (str(python), "-m", "pip", "install", "-q", *CONSTRAINTS)
+        session.run(*pip, *tools, *editable(TOGETHER), external=True)
+        _made.add(SHARED)
+    return str(python)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Install the trainer and the CPU backend alone, and train on the digits in two processes."""
+    session.install(
+        "-q", *CONSTRAINTS, *editable(["interfaces", "toolkit", "cpu", "trainer"]), "scikit-learn"
+    )
+    session.run("python", "examples/digits.py", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("name", ids(ALL))
+def tests(session: nox.Session, name: str) -> None:
+    """Run the tests of one package; of one without torch, where there is no torch."""
+    if own_environment(name) or not uses_torch(name):
+        local = ["interfaces", *(["toolkit"] if uses_torch(name) else []), name]
+        session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *editable(local))
+        python = "python"
+    else:
+        python = shared_python(session)
+    session.run(python, "-m", "pytest", f"{FOLDER / name}/tests", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def integration(session: nox.Session) -> None:
+    """Run the tests that need several packages at once."""
+    session.run(
+        shared_python(session), "-m", "pytest", "tests-integration", *session.posargs, external=True
+    )
+
+
+@nox.session
+@nox.parametrize("name", ids(BACKENDS))
+def backend(session: nox.Session, name: str) -> None:
+    """Test one backend as its owner does: with the contracts and the toolkit, without a trainer."""
+    session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *editable(["interfaces", "toolkit", name]))
+    session.run("python", "-m", "pytest", f"{FOLDER / name}/tests", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format with ruff."""
+    session.install("-q", *CONSTRAINTS, "ruff")
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(venv_backend="none")
+def types(session: nox.Session) -> None:
+    """Check types with mypy, strictly; tests of backends too, since they hold static proofs."""
+    python = shared_python(session)
+    sources = [str(FOLDER / name / "src") for name in TOGETHER]
+    session.run(python, "-m", "mypy", *sources, external=True)
+    for name in (n for n in BACKENDS if n in TOGETHER):
+        session.run(python, "-m", "mypy", str(FOLDER / name / "tests"), external=True)
+    session.run(python, "-m", "mypy", "noxfile.py", "ci", external=True)
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Check which package imports which. The cache has been seen to be stale, so there is none."""
+    session.install("-q", *CONSTRAINTS, "import-linter")
+    session.install("-q", "--no-deps", *editable(ALL))
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def gates(session: nox.Session) -> None:
+    """Check the repository's own rules, and that the checks notice when they are broken."""
+    session.install("-q", *CONSTRAINTS, *TEST_TOOLS, "packaging", "towncrier")
+    session.run("python", "-m", "pytest", "-q", "ci")
+    session.run("python", "ci/gates.py", *session.posargs)
+
+
+@nox.session
+def wheels(session: nox.Session) -> None:
+    """Build every package: an sdist, and from that a wheel."""
+    session.install("-q", *CONSTRAINTS, "build")
+    shutil.rmtree(DIST, ignore_errors=True)
+    pinned = {"PIP_CONSTRAINT": str(ROOT / CONSTRAINTS[1])}
+    pinned["PIP_BUILD_CONSTRAINT"] = pinned["PIP_CONSTRAINT"]
+    for name in ALL:
+        session.run(
+            "python", "-m", "build", "--outdir", str(DIST), str(FOLDER / name),
+            env=pinned, silent=True,
+        )  # fmt: skip
+
+
+@nox.session(requires=["wheels"], reuse_venv=False)
+@nox.parametrize("name", ids(ALL))
+def alone(session: nox.Session, name: str) -> None:
+    """Install one wheel with what it declares and nothing else, and import all of it.
+
+    Other packages of this tree come from their wheels too, and only if they are declared.
+    """
+    declared = session.run(
+        sys.executable, "ci/wheels.py", "closure", name, external=True, silent=True
+    )
+    paths = str(declared).split()
+    session.run(sys.executable, "ci/wheels.py", "check", name, external=True)
+    session.install("-q", *CONSTRAINTS, *paths)
+    session.run("python", "-m", "pip", "check")
+    session.run("python", "-I", str(ROOT / "ci/installed.py"), PROJECTS[name]["project"]["name"])
+
+
+@nox.session(venv_backend="none")
+def docs(session: nox.Session) -> None:
+    """Run the code blocks of every page, and check the links between pages."""
+    python = shared_python(session)
+    session.run(python, "ci/links.py", external=True)
+    pages = ["README.md", "docs", *(f"{FOLDER / name}/README.md" for name in TOGETHER)]
+    session.run(
+        python, "-m", "pytest", "-p", "pages", *pages, *session.posargs,
+        env={"PYTHONPATH": "ci"}, external=True,
+    )  # fmt: skip
+
+
+@nox.session(default=False)
+def release(session: nox.Session) -> None:
+    """Prepare a release: ``nox -s release -- cpu [--dry-run]``."""
+    session.install("-q", *CONSTRAINTS, "packaging", "towncrier")
+    session.run("python", "ci/release.py", *session.posargs)

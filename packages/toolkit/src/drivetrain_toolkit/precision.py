@@ -1,0 +1,374 @@
+"""Numeric formats. The rules are in docs/contracts/precision.md."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from drivetrain_interfaces import (
+    CheckpointError,
+    Precision,
+    PrecisionPolicy,
+    UnsupportedError,
+    UserCodeError,
+)
+from drivetrain_interfaces.errors import listed
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from torch.optim import Optimizer
+
+#: Shared, since it holds nothing: entering it is all that a forward in full precision costs.
+_NOTHING = nullcontext()
+
+
+class FullPrecision:
+    """``"32-true"``: torch as it is. Also the base of a precision of one's own.
+
+    Override what differs, and give it a ``name`` and a ``policy``.
+    """
+
+    name: str = "32-true"
+    policy: PrecisionPolicy = PrecisionPolicy()
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """The module as the user built it."""
+        return module
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """A context that changes nothing."""
+        return _NOTHING
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate from a scalar loss."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step(self, optimizers: Sequence[Optimizer], prepare: Callable[[], None]) -> bool:
+        """Call ``prepare`` and update. Always applied."""
+        prepare()
+        for optimizer in optimizers:
+            optimizer.step()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore; what another precision saved has no meaning here."""
+
+
+class TruePrecision(FullPrecision):
+    """``"16-true"``, ``"bf16-true"``, ``"64-true"``: parameters stored and used in one format.
+
+    Floating inputs are cast where they meet parameters: each module that owns floating parameters
+    gets a hook that casts floating tensors among its arguments. Targets never meet parameters, so
+    they are never touched.
+
+    Args:
+        name: One of the three names.
+    """
+
+    _FORMATS = {  # noqa: RUF012 - never written
+        "16-true": (torch.float16, nn.Module.half),
+        "bf16-true": (torch.bfloat16, nn.Module.bfloat16),
+        "64-true": (torch.float64, nn.Module.double),
+    }
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._dtype = self._FORMATS[name][0]
+        text = str(self._dtype).removeprefix("torch.")
+        self.policy = PrecisionPolicy(parameters=text, compute=text, reduce=text)
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """Cast floating parameters and buffers, in place, and install the hooks."""
+        module = self._FORMATS[self.name][1](module)
+        for part in module.modules():
+            if any(p.is_floating_point() for p in part.parameters(recurse=False)):
+                _install_cast(part, self._dtype)
+        return module
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """In ``64-true``, tensors that user code makes are float64 as well."""
+        return _DefaultDtype(self._dtype) if self._dtype is torch.float64 else _NOTHING
+
+
+class _DefaultDtype:
+    """The default dtype of new tensors, for the length of a ``with`` block."""
+
+    __slots__ = ("_before", "_dtype")
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+
+    def __enter__(self) -> None:
+        self._before = torch.get_default_dtype()
+        torch.set_default_dtype(self._dtype)
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_default_dtype(self._before)
+
+
+class _CastInputs:
+    """A forward-pre-hook. A class, not a closure, so that a module with it pickles."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        _module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        dtype = self.dtype
+        return (
+            tuple(_cast(value, dtype) for value in args),
+            {key: _cast(value, dtype) for key, value in kwargs.items()} if kwargs else kwargs,
+        )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
+    if type(value) is tuple or type(value) is list:  # the hidden state of a recurrent module
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+def _install_cast(module: nn.Module, dtype: torch.dtype) -> None:
+    for hook in module._forward_pre_hooks.values():  # noqa: SLF001 - torch has no way to list them
+        if isinstance(hook, _CastInputs):
+            hook.dtype = dtype
+            return
+    module.register_forward_pre_hook(_CastInputs(dtype), prepend=True, with_kwargs=True)
+
+
+class AutocastPrecision(FullPrecision):
+    """``"bf16-mixed"``: parameters in float32, matrix products in bfloat16 by ``torch.autocast``.
+
+    Args:
+        autocast_type: The device type that ``torch.autocast`` wants.
+    """
+
+    name = "bf16-mixed"
+    policy = PrecisionPolicy(compute="bfloat16")
+    _dtype = torch.bfloat16
+
+    def __init__(self, autocast_type: str) -> None:
+        self._autocast_type = autocast_type
+        self._fields: dict[str, Any] | None = None
+
+    def forward(self) -> AbstractContextManager[Any]:
+        """A new autocast context.
+
+        A context keeps what it found on itself, so one that is shared would break when nested. But
+        making one costs as much as using it; so the checks run once and the fields are copied.
+        """
+        if self._fields is None:
+            self._fields = self._checked_fields()
+        context = object.__new__(torch.autocast)
+        context.__dict__.update(self._fields)
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate outside of autocast, even if called within it."""
+        with self._outside():
+            super().backward(loss)
+
+    def step(self, optimizers: Sequence[Optimizer], prepare: Callable[[], None]) -> bool:
+        """Call ``prepare`` and update outside of autocast. Always applied."""
+        with self._outside():
+            return super().step(optimizers, prepare)
+
+    def _outside(self) -> AbstractContextManager[Any]:
+        if torch.is_autocast_enabled(self._autocast_type):
+            return torch.autocast(self._autocast_type, enabled=False)
+        return _NOTHING
+
+    def _checked_fields(self) -> dict[str, Any]:
+        refusal = UnsupportedError(
+            f"Precision {self.name!r} was asked for, and torch.autocast does not offer "
+            f"{self._dtype} on {self._autocast_type!r}.",
+            "Use '32-true', or a device that has it.",
+        )
+        try:
+            fields = vars(torch.autocast(self._autocast_type, dtype=self._dtype))
+        except RuntimeError as error:
+            raise refusal from error
+        # Where torch only warns and turns itself off, the user's setting would be ignored.
+        if not fields["_enabled"]:
+            raise refusal
+        return fields
+
+
+class ScaledAutocastPrecision(AutocastPrecision):
+    """``"16-mixed"``: parameters in float32, products in float16, and a loss that is scaled.
+
+    An update whose gradients are not finite is not applied, and the scale shrinks.
+
+    Args:
+        autocast_type: The device type that ``torch.autocast`` wants.
+        init_scale: The first scale.
+        growth_factor: What the scale is multiplied by after ``growth_interval`` finite updates.
+        backoff_factor: What it is multiplied by after an update that was not finite.
+        growth_interval: Finite updates in a row before the scale grows.
+    """
+
+    name = "16-mixed"
+    policy = PrecisionPolicy(compute="float16", loss_scaling=True)
+    _dtype = torch.float16
+
+    def __init__(
+        self,
+        autocast_type: str,
+        *,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+    ) -> None:
+        super().__init__(autocast_type)
+        self._scaler = _Scaler(
+            autocast_type,
+            init_scale=init_scale,
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            growth_interval=growth_interval,
+        )
+        if not self._scaler.is_enabled():  # torch warns and goes on without a scale
+            raise UnsupportedError(
+                f"Precision '16-mixed' was asked for, and torch has no loss scaling for "
+                f"{autocast_type!r} here.",
+                "Use 'bf16-mixed' or '32-true'.",
+            )
+        # Optimizers that unscaled since the scale last changed. It changes only before the next
+        # backward, so that two losses that went backward together are unscaled alike.
+        self._unscaled: set[int] = set()
+
+    def convert(self, module: nn.Module) -> nn.Module:
+        """The module as it is. Raises ``UnsupportedError`` for parameters in float16."""
+        halves = [name for name, p in module.named_parameters() if p.dtype is torch.float16]
+        if halves:
+            raise UnsupportedError(
+                f"Precision '16-mixed' keeps parameters in float32, and {halves[0]!r} is float16.",
+                "Build the module in float32, or use '16-true'.",
+            )
+        return module
+
+    def backward(self, loss: Tensor) -> None:
+        """Backpropagate from the loss times the scale."""
+        if self._unscaled:
+            self._settle()
+        super().backward(self._scaler.scale(loss))
+
+    def step(self, optimizers: Sequence[Optimizer], prepare: Callable[[], None]) -> bool:
+        """Unscale, call ``prepare``, and update all optimizers or, if not finite, none."""
+        scaler = self._scaler
+        mine = {id(optimizer) for optimizer in optimizers}
+        if not self._unscaled.isdisjoint(mine):
+            self._settle()
+        if not scaler.started:
+            raise UserCodeError(
+                "An update in precision '16-mixed' was asked for before any backward through it.",
+                "Call the step's backward(loss) instead of loss.backward().",
+            )
+        with self._outside():
+            self._unscaled |= mine
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            prepare()
+            applied = scaler.is_finite(optimizers)
+            if applied:
+                for optimizer in optimizers:
+                    optimizer.step()
+        return applied
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scale and what it follows."""
+        self._settle()
+        return self._scaler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the scale. A state that is empty, from a run without a scale, changes nothing.
+
+        Raises:
+            CheckpointError: It is the state of something else.
+        """
+        if not state:
+            return
+        wanted = self._scaler.state_dict().keys()
+        if wanted != state.keys():
+            raise CheckpointError(
+                f"The state of precision '16-mixed' needs {listed(wanted)}; "
+                f"the checkpoint holds {listed(state)}.",
+                "Resume with the precision that the checkpoint was saved with.",
+            )
+        self._settle()
+        self._scaler.load_state_dict(dict(state))
+
+    def _settle(self) -> None:
+        self._scaler.settle()
+        self._unscaled.clear()
+
+
+class _Scaler(torch.amp.GradScaler):
+    """Torch's scaler, with the update decided for all optimizers at once and by one read."""
+
+    _per_optimizer_states: dict[int, dict[str, Any]]
+
+    @property
+    def started(self) -> bool:
+        """Whether a loss was scaled."""
+        return self._scale is not None
+
+    def is_finite(self, optimizers: Sequence[Optimizer]) -> bool:
+        """Whether all their gradients were. The only moment that waits for the device."""
+        flags = [
+            flag
+            for optimizer in optimizers
+            for flag in self._found_inf_per_device(optimizer).values()
+        ]
+        if not flags:
+            return True
+        home = flags[0].device
+        return not sum(flag.to(home, non_blocking=True) for flag in flags)
+
+    def settle(self) -> None:
+        """Let the scale follow what was found since it last did."""
+        states = self._per_optimizer_states
+        if any(state["found_inf_per_device"] for state in states.values()):
+            self.update()
+        states.clear()  # also of optimizers that had no gradient to look at
+
+
+def make_precision(name: str, autocast_type: str) -> Precision:
+    """The precision of that name.
+
+    Args:
+        name: One of ``drivetrain_toolkit.specs.PRECISIONS``.
+        autocast_type: The device type that ``torch.autocast`` wants.
+
+    Raises:
+        UnsupportedError: There is none of that name.
+    """
+    makers: dict[str, Callable[[], Precision]] = {
+        "32-true": FullPrecision,
+        "16-true": partial(TruePrecision, "16-true"),
+        "bf16-true": partial(TruePrecision, "bf16-true"),
+        "64-true": partial(TruePrecision, "64-true"),
+        "bf16-mixed": partial(AutocastPrecision, autocast_type),
+        "16-mixed": partial(ScaledAutocastPrecision, autocast_type),
+    }
+    if name not in makers:
+        raise UnsupportedError(
+            f"Precision {name!r} was asked for; there is {listed(makers)}.",
+            "Use one of these names.",
+        )
+    return makers[name]()

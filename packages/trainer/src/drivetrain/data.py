@@ -1,0 +1,227 @@
+"""Loaders: sharded over ranks, shuffled by the run's seed, and able to start anywhere."""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from drivetrain_interfaces import ConfigurationError, DataError
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
+
+from drivetrain.sampling import DealtBatches, drawn_by, epoch_seed, in_sequence, shuffled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from drivetrain_interfaces import World
+
+
+class Feed:
+    """One loader as the loop uses it: opened at an epoch and a position.
+
+    Attributes:
+        length: Batches per epoch on this rank, before any limit; None if unknown.
+        notice: What was changed about the user's loader, to be said once, or empty.
+    """
+
+    def __init__(self, loader: Any, *, dealt: DealtBatches | None, seed: int, notice: str) -> None:
+        self._loader = loader
+        self._dealt = dealt
+        self._seed = seed
+        self.notice = notice
+        self.length = _length(loader)
+
+    @property
+    def keeps_position(self) -> bool:
+        """Whether the loader itself saves and restores its position."""
+        return callable(getattr(self._loader, "state_dict", None)) and callable(
+            getattr(self._loader, "load_state_dict", None)
+        )
+
+    @property
+    def round_size(self) -> int:
+        """Samples of all ranks per step, where that is known; else 0."""
+        return self._dealt.round_size if self._dealt else 0
+
+    def open(self, epoch: int, skip: int = 0, samples: int | None = None) -> Iterator[Any]:
+        """An iterator over the rest of an epoch.
+
+        Args:
+            epoch: The epoch.
+            skip: Batches of it that this rank has seen.
+            samples: Samples of it that all ranks have seen, which holds for any world size.
+        """
+        if self._dealt is not None:
+            self._dealt.epoch = epoch
+            self._dealt.start = skip * self._dealt.round_size if samples is None else samples
+            # Workers and their augmentation are seeded by the epoch, not by the global generator.
+            self._loader.__dict__["generator"] = torch.Generator().manual_seed(
+                epoch_seed(self._seed, epoch)
+            )
+            dealt: Iterator[Any] = iter(self._loader)
+            return dealt
+        for name in ("sampler", "batch_sampler"):
+            set_epoch = getattr(getattr(self._loader, name, None), "set_epoch", None)
+            if callable(set_epoch):
+                set_epoch(epoch)
+        batches: Iterator[Any] = iter(self._loader)
+        if skip and not self.keeps_position:
+            # There is no other way to a position in a loader that cannot say where it is.
+            for _ in islice(batches, skip):
+                pass
+        return batches
+
+    def state_dict(self) -> Any:
+        """The position that the loader itself keeps, or None."""
+        return self._loader.state_dict() if self.keeps_position else None
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore a position that the loader itself kept."""
+        if state is not None and self.keeps_position:
+            self._loader.load_state_dict(state)
+
+
+def feed_of(
+    loader: Any, world: World, *, seed: int, training: bool, distribute: bool, name: str
+) -> Feed:
+    """Bring any iterable of batches into the loop's shape.
+
+    A ``DataLoader`` over a map-style data set is copied with a batch sampler of ours; everything
+    else is iterated as it is, on every rank.
+
+    Args:
+        loader: A ``DataLoader`` or any iterable of batches.
+        world: This process's place.
+        seed: The run's seed.
+        training: Whether ranks need equally many batches.
+        distribute: Whether ranks share the samples out; False gives each rank all of them.
+        name: How messages call it.
+
+    Raises:
+        DataError: It cannot be iterated, or is empty.
+    """
+    if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
+        raise DataError(
+            f"The {name} is a {type(loader).__name__}, which cannot be iterated.",
+            "Give a DataLoader or another iterable of batches.",
+        )
+    if _length(loader) == 0:
+        raise DataError(
+            f"The {name} is empty: it has no batch.",
+            "Give it data, or a batch size that is not larger than the data set with drop_last.",
+        )
+    if not (isinstance(loader, DataLoader) and _is_ours_to_deal(loader)):
+        notice = ""
+        if world.size > 1 and training and distribute:
+            notice = (
+                f"The {name} is used as it is on each of the {world.size} ranks; it must itself "
+                "give each rank its own part."
+            )
+        return Feed(loader, dealt=None, seed=seed, notice=notice)
+    if not distribute and world.size > 1:
+        world = type(world)()
+    order, notice = _order_of(loader, name, world)
+    dealt = DealtBatches(
+        order,
+        len(loader.sampler),  # type: ignore[arg-type]  # _is_ours_to_deal has checked for a length
+        loader.batch_size or 1,
+        seed=seed,
+        rank=world.rank,
+        world=world.size,
+        drop_last=loader.drop_last,
+        even=training,
+    )
+    # A copy by attributes: a subclass of DataLoader may have a constructor of its own.
+    ours = copy.copy(loader)
+    ours.__dict__["batch_sampler"] = dealt
+    ours.__dict__["_iterator"] = None
+    feed = Feed(ours, dealt=dealt, seed=seed, notice=notice)
+    if training and not feed.length:
+        raise DataError(
+            f"The {name} gives no batch to each of {world.size} ranks: it holds "
+            f"{len(loader.sampler)} samples, and one step takes {dealt.round_size}.",  # type: ignore[arg-type]
+            "Use a smaller batch size, fewer processes, or drop_last=False.",
+        )
+    return feed
+
+
+def loaders_of(given: Any) -> list[Any]:
+    """One loader or several: a list counts as several only if all its items are loaders."""
+    if given is None:
+        return []
+    if (
+        isinstance(given, (list, tuple))
+        and given
+        and all(isinstance(item, DataLoader) for item in given)
+    ):
+        return list(given)
+    return [given]
+
+
+def limited(length: int | None, limit: float | None, name: str) -> int | None:
+    """How many batches of a loader to use.
+
+    Args:
+        length: Batches it has, or None if unknown.
+        limit: A whole number of batches, a fraction from 0.0 to 1.0, or None for all.
+        name: The Trainer's argument, for messages.
+    """
+    if limit is None:
+        return length
+    if isinstance(limit, int):
+        return limit if length is None else min(limit, length)
+    if length is None:
+        raise ConfigurationError(
+            f"{name}={limit!r} is a fraction, and the loader has no length.",
+            "Give a whole number of batches.",
+        )
+    used = int(length * limit)
+    if used == 0 and limit > 0:
+        raise ConfigurationError(
+            f"{name}={limit!r} of {length} batches is less than one batch.",
+            "Give a whole number of batches or a larger fraction.",
+        )
+    return used
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
+def _is_ours_to_deal(loader: DataLoader[Any]) -> bool:
+    return (
+        not isinstance(loader.dataset, IterableDataset)
+        and type(loader.batch_sampler) is BatchSampler
+        and hasattr(loader.sampler, "__len__")
+        and not callable(getattr(loader, "state_dict", None))
+    )
+
+
+def _order_of(
+    loader: DataLoader[Any], name: str, world: World
+) -> tuple[Callable[[int, int], list[int]], str]:
+    sampler = loader.sampler
+    size = len(loader.dataset)  # type: ignore[arg-type]  # a map-style data set has a length
+    if type(sampler) is SequentialSampler:
+        return in_sequence(size), ""
+    plain = isinstance(sampler, RandomSampler) and not sampler.replacement
+    if type(sampler) is RandomSampler and plain and sampler.num_samples == size:
+        return shuffled(size), ""
+    notice = ""
+    if world.size > 1:
+        notice = (
+            f"The {type(sampler).__name__} of the {name} is drawn from on every rank with the same "
+            f"seed, and its samples are dealt out to the {world.size} ranks."
+        )
+    return drawn_by(sampler), notice

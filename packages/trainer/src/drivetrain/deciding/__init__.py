@@ -1,0 +1,1 @@
+"""The decisions of a plan, one module each. ``drivetrain.resolve`` puts them together."""

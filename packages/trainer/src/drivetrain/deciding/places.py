@@ -1,0 +1,184 @@
+"""Which devices, and how many processes on how many machines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from drivetrain_interfaces.errors import (
+    ClusterError,
+    ConfigurationError,
+    DrivetrainError,
+)
+
+from drivetrain.deciding.draft import count, processes
+from drivetrain.deciding.launcher import NO_LAUNCHER
+
+if TYPE_CHECKING:
+    from drivetrain_interfaces.backend import BackendSpec, Probe
+    from drivetrain_interfaces.cluster import World
+
+    from drivetrain.deciding.draft import Draft
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Devices and processes of this machine and of the run."""
+
+    devices: tuple[int, ...]
+    num_nodes: int
+    world_size: int
+    local_size: int
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one device takes part."""
+        return self.world_size > 1 or len(self.devices) > 1
+
+
+def count_nodes(draft: Draft) -> int:
+    """The number of machines that was asked for; 1 if that is no number."""
+    asked: Any = draft.request.num_nodes
+    if isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
+        return asked
+    draft.refuse(
+        ConfigurationError(
+            f"num_nodes={asked!r} was asked for, and a run needs a whole number of machines.",
+            "Give 1 or more.",
+        )
+    )
+    return 1
+
+
+def choose_places(draft: Draft, spec: BackendSpec, probe: Probe, num_nodes: int) -> Places | None:
+    """Devices and processes, held against what a cluster has started."""
+    world = draft.machine.cluster.world
+    # Some families drive all devices of a machine from one process; their facts say so.
+    one_process = spec.facts.several_devices_launcher == NO_LAUNCHER
+    devices = _devices(draft, spec, probe, None if one_process else world)
+    if devices is None:
+        return None
+    local = 1 if one_process else len(devices)
+    if world is None:
+        places = Places(devices, num_nodes, local * num_nodes, local)
+        _check_meeting_point(draft, places)
+    else:
+        nodes = -(-world.size // world.local_size)
+        _check_world(draft, world, local, num_nodes, nodes)
+        places = Places(devices, nodes, world.size, world.local_size)
+    draft.decide(
+        "processes",
+        places.world_size,
+        "default" if world is None else draft.machine.cluster.environment,
+        (
+            f"{count(places.num_nodes, 'machine')} with {processes(places.local_size)} each",
+            f"{count(len(devices), 'device')} on this machine",
+        ),
+    )
+    return places
+
+
+def _devices(
+    draft: Draft, spec: BackendSpec, probe: Probe, world: World | None
+) -> tuple[int, ...] | None:
+    ask = draft.asks.devices
+    found = f"{spec.name} found {count(probe.devices, 'device')}"
+    if ask is not None:
+        wanted, by, why = ask.value, ask.by, found
+    elif world is not None:
+        wanted, by = world.local_size, draft.machine.cluster.environment
+        why = f"{processes(world.local_size)} on this machine; {found}"
+    else:
+        default = spec.facts.default_devices
+        wanted = min(default, probe.devices) if default else "auto"
+        by, why = "default", f"{found}, {default or 'all'} by default"
+    try:
+        devices = spec.parse_devices(wanted, probe, spec.name)
+    except DrivetrainError as error:
+        about = ("accelerator",) if world is None else ("accelerator", "cluster environment")
+        draft.refuse(_device_problem(draft, error, by, world), *about)
+        return None
+    draft.decide("devices", ", ".join(map(str, devices)), by, (why,))
+    return tuple(devices)
+
+
+def _device_problem(
+    draft: Draft, error: DrivetrainError, by: str, world: World | None
+) -> DrivetrainError:
+    if world is not None and draft.asks.devices is None:
+        problem: DrivetrainError = ClusterError(
+            f"{by} started {processes(world.local_size)} on this machine "
+            f"({', '.join(draft.machine.cluster.evidence)}), and they need a device each. "
+            f"{error.message}",
+            "Start fewer processes, or set DRIVETRAIN_CLUSTER=none to ignore them.",
+        )
+    elif by.startswith("gpus="):
+        problem = type(error)(f"{by} means devices: {error.message}", error.hint)
+    else:
+        problem = type(error)(error.message, error.hint)
+    problem.__cause__ = error
+    return problem
+
+
+def _check_world(draft: Draft, world: World, local: int, num_nodes: int, nodes: int) -> None:
+    name = draft.machine.cluster.environment
+    facts = f"{name} started {world.size} ({', '.join(draft.machine.cluster.evidence)})"
+    ask = draft.asks.devices
+    about = ("cluster environment", "devices")
+    if ask is not None and local * num_nodes != world.size:
+        draft.refuse(
+            ClusterError(
+                f"{ask.by} with num_nodes={num_nodes} makes {local * num_nodes} processes, and "
+                f"{facts}.",
+                "Make them equal, leave devices= out to use what was started, or set "
+                "DRIVETRAIN_CLUSTER=none to ignore it.",
+            ),
+            *about,
+        )
+    elif num_nodes not in {1, nodes}:
+        draft.refuse(
+            ClusterError(
+                f"num_nodes={num_nodes} was asked for, and {facts}, {world.local_size} on this "
+                f"machine, which makes {count(nodes, 'machine')}.",
+                "Leave num_nodes out, or start the program on as many machines.",
+            ),
+            *about,
+        )
+    elif ask is not None and local != world.local_size:
+        draft.refuse(
+            ClusterError(
+                f"{ask.by} makes {local} processes on each machine, and {name} started "
+                f"{world.local_size} on this one ({', '.join(draft.machine.cluster.evidence)}).",
+                "Make them equal, or leave devices= out.",
+            ),
+            *about,
+        )
+
+
+def _check_meeting_point(draft: Draft, places: Places) -> None:
+    """Several machines without a manager must be told who is who, or they would wait for ever."""
+    own_launcher = draft.asks.launcher is not None and not isinstance(
+        draft.asks.launcher.value, str
+    )
+    if places.num_nodes == 1 or own_launcher:
+        return
+    machine = draft.machine
+    missing = [
+        name
+        for name, there in (
+            ("NODE_RANK", machine.node_rank is not None),
+            ("MASTER_ADDR", machine.address),
+            ("MASTER_PORT", machine.port),
+        )
+        if not there
+    ]
+    if missing:
+        draft.refuse(
+            ClusterError(
+                f"num_nodes={places.num_nodes} was asked for, no cluster manager was found, and "
+                f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set.",
+                "Start the program with torchrun on every machine, or set NODE_RANK, MASTER_ADDR "
+                "and MASTER_PORT on each.",
+            ),
+            "cluster environment",
+        )

@@ -1,0 +1,179 @@
+"""The Trainer's loop settings, checked together before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from drivetrain_interfaces import Clip, ConfigurationError, Feature
+
+from drivetrain.plan import Want
+
+_NAN_POLICIES = ("raise", "warn", "ignore")
+_CLIP_ALGORITHMS = ("norm", "value")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to train, how often to do what. Fields are the Trainer's arguments.
+
+    Raises:
+        ConfigurationError: Values that mean nothing or exclude each other; all of them at once.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int = -1
+    max_time: timedelta | dict[str, float] | str | None = None
+    limit_train_batches: float | None = None
+    limit_val_batches: float | None = None
+    limit_test_batches: float | None = None
+    limit_predict_batches: float | None = None
+    fast_dev_run: int | bool = False
+    val_check_interval: float | None = None
+    check_val_every_n_epoch: int = 1
+    num_sanity_val_steps: int = 2
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str = "norm"
+    inference_mode: bool = True
+    use_distributed_sampler: bool = True
+    log_every_n_steps: int = 50
+    nan_loss: str = "raise"
+
+    def __post_init__(self) -> None:
+        problems: list[tuple[str, str]] = []
+        self._check_counts(problems)
+        self._check_choices(problems)
+        if problems:
+            raise ConfigurationError.conflicts(problems)
+
+    def _check_counts(self, problems: list[tuple[str, str]]) -> None:
+        smallest = {
+            "max_epochs": 0,
+            "max_steps": -1,
+            "check_val_every_n_epoch": 1,
+            "num_sanity_val_steps": -1,
+            "accumulate_grad_batches": 1,
+            "log_every_n_steps": 1,
+        }
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value is None and name == "max_epochs":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                problems.append(
+                    (
+                        f"{name}={value!r} was asked for.",
+                        f"Give a whole number of at least {least}.",
+                    )
+                )
+        for name in ("train", "val", "test", "predict"):
+            _check_limit(f"limit_{name}_batches", getattr(self, f"limit_{name}_batches"), problems)
+        _check_limit("val_check_interval", self.val_check_interval, problems)
+        if self.val_check_interval is not None and self.val_check_interval <= 0:
+            problems.append(
+                (
+                    f"val_check_interval={self.val_check_interval!r} was asked for.",
+                    "Give a positive number of batches or a fraction of an epoch.",
+                )
+            )
+
+    def _check_choices(self, problems: list[tuple[str, str]]) -> None:
+        if self.nan_loss not in _NAN_POLICIES:
+            problems.append(
+                (f"nan_loss={self.nan_loss!r} was asked for.", f"Use one of {_NAN_POLICIES}.")
+            )
+        if self.gradient_clip_algorithm not in _CLIP_ALGORITHMS:
+            problems.append(
+                (
+                    f"gradient_clip_algorithm={self.gradient_clip_algorithm!r} was asked for.",
+                    f"Use one of {_CLIP_ALGORITHMS}.",
+                )
+            )
+        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+            problems.append(
+                (
+                    f"gradient_clip_val={self.gradient_clip_val!r} was asked for.",
+                    "Give a positive number, or leave it out to clip nothing.",
+                )
+            )
+        try:
+            seconds_of(self.max_time)
+        except ConfigurationError as error:
+            problems.append((error.message, error.hint))
+
+    def check_limit_is_set(self) -> None:
+        """A fit without any limit is a mistake. Raises ``ConfigurationError``."""
+        if self.max_epochs is None and self.max_steps < 0 and self.max_time is None:
+            raise ConfigurationError(
+                "fit was called without a limit: max_epochs, max_steps and max_time are not set.",
+                "Set one of them, such as Trainer(max_epochs=10).",
+            )
+
+    @property
+    def clip(self) -> Clip | None:
+        """Gradient clipping for the step."""
+        if self.gradient_clip_val is None:
+            return None
+        return Clip(float(self.gradient_clip_val), self.gradient_clip_algorithm)
+
+    @property
+    def seconds(self) -> float | None:
+        """``max_time`` in seconds."""
+        return seconds_of(self.max_time)
+
+    @property
+    def wants(self) -> tuple[Want, ...]:
+        """What these settings need of a strategy."""
+        wants = []
+        if self.accumulate_grad_batches > 1:
+            wants.append(
+                Want(
+                    Feature.ACCUMULATION, f"accumulate_grad_batches={self.accumulate_grad_batches}"
+                )
+            )
+        if self.gradient_clip_val is not None:
+            feature = (
+                Feature.CLIP_NORM if self.gradient_clip_algorithm == "norm" else Feature.CLIP_VALUE
+            )
+            wants.append(Want(feature, f"gradient_clip_val={self.gradient_clip_val}"))
+        return tuple(wants)
+
+
+def seconds_of(value: Any) -> float | None:
+    """A duration in seconds from a timedelta, its keyword arguments, or ``DD:HH:MM:SS``.
+
+    Raises:
+        ConfigurationError: It is none of these.
+    """
+    if value is None:
+        return None
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    try:
+        if isinstance(value, dict):
+            return timedelta(**value).total_seconds()
+        days, hours, minutes, seconds = (int(part) for part in str(value).split(":"))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"max_time={value!r} was asked for.",
+            "Give a timedelta, a dictionary such as {'minutes': 30}, or 'DD:HH:MM:SS'.",
+        ) from error
+    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
+
+
+def _check_limit(name: str, value: Any, problems: list[tuple[str, str]]) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+        wrong = True
+    else:
+        wrong = isinstance(value, float) and value > 1.0
+    if wrong:
+        problems.append(
+            (
+                f"{name}={value!r} was asked for.",
+                "Give a whole number of batches, or a fraction from 0.0 to 1.0.",
+            )
+        )

@@ -1,0 +1,162 @@
+"""What a checkpoint of a fit contains: collecting it from all ranks, and restoring it.
+
+The tree is the same for every strategy and world size: full tensors by parameter name, and what
+belongs to one rank (random numbers, unfinished epoch metrics) under that rank's number.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from drivetrain_interfaces import CheckpointError, ModelState
+from drivetrain_interfaces.discovery import take_inventory
+
+from drivetrain.exchange import gather_objects
+from drivetrain.seeding import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from drivetrain_interfaces import CheckpointIO
+
+    from drivetrain.loop import FitRun
+    from drivetrain.runtime import Stack
+
+_PARTS = ("module", "optimizers", "schedulers", "precision", "loop", "ranks", "data", "callbacks")
+
+
+def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
+    """The tree of a fit. Every rank calls it; rank 0's is the one to write."""
+    state = run.stack.strategy.state()
+    tree: dict[str, Any] = {"module": dict(state.module), "hyper_parameters": run.module.hparams}
+    if weights_only:
+        return tree
+    tree["optimizers"] = list(state.optimizers)
+    tree["precision"] = dict(state.precision)
+    tree["schedulers"] = [each.scheduler.state_dict() for each in run.schedulers]
+    tree["loop"] = {**run.progress.state_dict(), "elapsed": run.elapsed}
+    tree["data"] = {
+        "seed": run.seed,
+        "world": run.stack.world.size,
+        "samples": run.samples_seen,
+    }
+    own = {
+        "rng": rng_state(run.stack.accelerator, run.stack.strategy.device),
+        "metrics": run.metrics.state_dict(),
+        "loader": run.feed.state_dict(),
+    }
+    ranks = gather_objects(own, run.stack.collectives, run.stack.strategy.device)
+    tree["ranks"] = {str(rank): theirs for rank, theirs in enumerate(ranks)}
+    tree["callbacks"] = {
+        each.state_key: kept for each in run.trainer.callbacks if (kept := each.state_dict())
+    }
+    if run.datamodule is not None:
+        tree["datamodule"] = run.datamodule.state_dict()
+    run.hooks.call("on_save_checkpoint", tree)
+    return tree
+
+
+def write_checkpoint(tree: Mapping[str, Any], path: str, stack: Stack) -> None:
+    """Write on rank 0. An error there is raised on every rank, so that none waits for ever."""
+    problem: Exception | None = None
+    if stack.world.is_main:
+        try:
+            stack.checkpoint_io.save(tree, path)
+        except Exception as error:  # noqa: BLE001 - raised below, here and on all other ranks
+            problem = error
+    said = stack.collectives.broadcast_object(None if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    if said is not None:
+        raise CheckpointError(f"Rank 0 could not save {path!r}: {said}", "See rank 0's error.")
+
+
+def read_checkpoint(path: str, checkpoint_io: CheckpointIO | None = None) -> dict[str, Any]:
+    """Read a checkpoint outside a run, by default with the best available backend's IO.
+
+    Raises:
+        CheckpointError: It is missing, corrupt or foreign, or nothing is installed to read it.
+    """
+    if checkpoint_io is None:
+        specs = [
+            entry.spec
+            for entry in take_inventory().backends
+            if entry.spec is not None and entry.probe is not None and entry.probe.devices
+        ]
+        if not specs:
+            raise CheckpointError(
+                f"{path!r} cannot be read, since no installed backend can run on this machine.",
+                "Pass checkpoint_io, or install a backend such as drivetrain[cpu].",
+            )
+        checkpoint_io = max(specs, key=lambda spec: spec.priority).load().checkpoint_io()
+    return checkpoint_io.load(path)
+
+
+def restore_module(run_module: Any, stack: Stack, tree: Mapping[str, Any], *, strict: bool) -> None:
+    """Restore the weights alone."""
+    if "module" not in tree:
+        raise CheckpointError(
+            f"The checkpoint holds {sorted(map(str, tree))} and no 'module' part.",
+            f"Give a checkpoint that a {type(run_module).__name__} was saved to by drivetrain.",
+        )
+    stack.strategy.load(ModelState(tree["module"]), strict=strict)
+
+
+def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
+    """Restore everything but the random numbers, which come last (``restore_rng``)."""
+    missing = [part for part in _PARTS if part not in tree]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint holds only {sorted(map(str, tree))}; {missing} are missing to resume "
+            "a fit.",
+            "Resume from a full checkpoint, or load the weights with Module.load_from_checkpoint.",
+        )
+    _check_schedulers(run, tree)
+    run.stack.strategy.load(
+        ModelState(tree["module"], tree["optimizers"], tree["precision"]),
+        strict=run.module.strict_loading,
+    )
+    for scheduled, state in zip(run.schedulers, tree["schedulers"], strict=True):
+        scheduled.scheduler.load_state_dict(state)
+    run.progress.load_state_dict(tree["loop"])
+    run.seed = tree["data"]["seed"]
+    _restore_position(run, tree)
+    own = tree["ranks"].get(str(run.stack.world.rank))
+    if own is not None:
+        run.metrics.load_state_dict(own["metrics"])
+        run.feed.load_state_dict(own["loader"])
+    for each in run.trainer.callbacks:
+        if each.state_key in tree["callbacks"]:
+            each.load_state_dict(tree["callbacks"][each.state_key])
+    if run.datamodule is not None and "datamodule" in tree:
+        run.datamodule.load_state_dict(tree["datamodule"])
+    run.hooks.call("on_load_checkpoint", dict(tree))
+
+
+def restore_rng(run: FitRun, tree: Mapping[str, Any]) -> None:
+    """Restore this rank's random numbers, if it existed when the checkpoint was saved."""
+    own = tree["ranks"].get(str(run.stack.world.rank))
+    if own is not None:
+        set_rng_state(own["rng"], run.stack.accelerator, run.stack.strategy.device)
+
+
+def _restore_position(run: FitRun, tree: Mapping[str, Any]) -> None:
+    """Where in the epoch the data continues; counted in samples when the world has changed."""
+    samples, size = tree["data"]["samples"], run.feed.round_size
+    if size:
+        run.progress.batch, run.sample_offset = divmod(samples, size)
+    elif run.progress.batch and tree["data"]["world"] != run.stack.world.size:
+        raise CheckpointError(
+            f"The checkpoint was saved inside an epoch on {tree['data']['world']} ranks, and the "
+            f"train loader cannot continue there on {run.stack.world.size}.",
+            "Use a DataLoader over a map-style data set, or the same number of processes.",
+        )
+
+
+def _check_schedulers(run: FitRun, tree: Mapping[str, Any]) -> None:
+    if len(tree["schedulers"]) != len(run.schedulers):
+        raise CheckpointError(
+            f"The checkpoint holds {len(tree['schedulers'])} schedulers, and "
+            f"{type(run.module).__name__}.configure_optimizers returned {len(run.schedulers)}.",
+            "Return the same optimizers and schedulers as when it was saved.",
+        )

@@ -1,0 +1,23 @@
+"""One of two backends that claim one name."""
+
+from drivetrain_interfaces import BackendSpec, Capabilities, ContractVersion, DeviceFacts, Probe
+
+
+def _probe() -> Probe:
+    return Probe(1)
+
+
+def _load() -> None:
+    raise AssertionError("nothing may load this")
+
+
+spec = BackendSpec(
+    name="twin",
+    contract=ContractVersion(0, 1),
+    capabilities=Capabilities(precisions=frozenset({"32-true"})),
+    facts=DeviceFacts("cpu", "gloo", "cpu"),
+    strategies=("single_device",),
+    probe=_probe,
+    load=_load,
+    priority=99,
+)
