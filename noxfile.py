@@ -1,11 +1,12 @@
 """Every command that CI runs. ``nox -l`` lists them; ``nox`` alone runs what CI runs.
 
 Packages are found by reading ``packages/``, so that a new one is tested as soon as it is there.
-Add ``-R`` to run sessions again without installing.
+Add ``-R`` to run sessions again without installing; ``.nox/shared`` is only made when it must be.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import sys
@@ -54,8 +55,6 @@ nox.options.sessions = [
     "quickstart",
 ]  # fmt: skip
 
-_made: set[Path] = set()
-
 
 def editable(names: list[str]) -> list[str]:
     """The arguments that install these packages from this tree."""
@@ -72,16 +71,19 @@ def shared_python(session: nox.Session) -> str:
 
     It holds every package of this tree. A torch install takes a gigabyte and half a minute, so the
     sessions that prove something about installing make their own, and the others share this one.
+    It is made again when anything that it was made from has changed.
     """
     python = ROOT / SHARED / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    install = not session._runner.global_config.no_install or not python.exists()  # noqa: SLF001 - nox has no public way to ask
-    if install and SHARED not in _made:
-        if not python.exists():
-            session.run(sys.executable, "-m", "virtualenv", "-q", str(SHARED), external=True)
+    stamp = ROOT / SHARED / "made-from"
+    sources = (Path(__file__), ROOT / CONSTRAINTS[1], *ROOT.glob(f"{FOLDER}/*/pyproject.toml"))
+    texts = (sys.version, *(path.read_text(encoding="utf-8") for path in sorted(sources)))
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    if not stamp.exists() or stamp.read_text(encoding="utf-8") != digest:
+        session.run(sys.executable, "-m", "virtualenv", "-q", "--clear", str(SHARED), external=True)
         tools = (*TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn")
         pip = (str(python), "-m", "pip", "install", "-q", *CONSTRAINTS)
         session.run(*pip, *tools, *editable(TOGETHER), external=True)
-        _made.add(SHARED)
+        stamp.write_text(digest, encoding="utf-8")
     return str(python)
 
 

@@ -31,7 +31,7 @@ print(json.dumps({{
 """
 
 
-def _python(code: str, fakes: tuple[str, ...], *, fails: bool = False) -> str:
+def _python(code: str, fakes: tuple[str, ...]) -> str:
     """What a fresh interpreter prints in which these packages are installed."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("DRIVETRAIN")}
     path = os.pathsep.join(str(FAKES / fake) for fake in fakes)
@@ -43,8 +43,8 @@ def _python(code: str, fakes: tuple[str, ...], *, fails: bool = False) -> str:
         check=False,
         env={**kept, "PYTHONPATH": path},
     )
-    assert (done.returncode != 0) is fails, done.stdout + done.stderr
-    return done.stderr if fails else done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def _inventory(fakes: tuple[str, ...], *arguments: str) -> dict[str, Any]:
@@ -127,3 +127,84 @@ def test_auto_takes_the_backend_with_the_highest_priority_that_works() -> None:
     assert "npu" in _python(code, GOOD + BAD)
     assert "npu" not in _python(code, BAD)
     assert "cpu" in _python(code, BAD)
+
+
+FIT = """
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from drivetrain import Module, Trainer
+
+class Line(Module):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.line(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+torch.manual_seed(0)
+module = Line()
+before = module.line.weight.detach().clone()
+trainer = Trainer({arguments}, max_steps=2, logger=False, enable_checkpointing=False,
+                  enable_progress_bar=False, enable_model_summary=False)
+trainer.fit(module, DataLoader(TensorDataset(torch.ones(8, 2)), batch_size=2))
+assert trainer.global_step == 2
+assert not torch.equal(module.line.weight.detach(), before)
+print(trainer.explain())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ("accelerator='auto'", "acme-npu 1.2.0"),
+        ("accelerator='npu', devices=[1], precision='bf16-mixed'", "acme-npu 1.2.0"),
+        ("accelerator='cpu', strategy='lockstep'", "lockstep"),
+    ],
+    ids=["auto", "by-name", "foreign-strategy"],
+)
+def test_the_trainer_trains_on_a_package_it_has_never_heard_of(arguments: str, wanted: str) -> None:
+    assert wanted in _python(FIT.format(arguments=arguments), GOOD + BAD)
+
+
+REFUSED = {
+    "accelerator='broken'": ("acme-broken 0.1.0", "libacme.so.3", "[DT104]"),
+    "accelerator='future'": ("acme-future 9.0.0", "contract 99.0", "[DT103]"),
+    "accelerator='shaky'": ("acme-shaky 0.2.0", "the driver is asleep", "[DT104]"),
+    "accelerator='twin'": ("acme-left 1.0.0", "acme-right 2.0.0", "[DT104]"),
+    "accelerator='npuu'": ("'npuu'", "nearest name", "[DT101]"),
+    "accelerator='npu', devices=3": ("devices=3", "found 2", "[DT201]"),
+    "accelerator='npu', precision='64-true'": ("64-true", "acme-npu 1.2.0", "[DT105]"),
+}
+ASK = """
+import json
+from drivetrain import Trainer
+from drivetrain_interfaces import DrivetrainError
+
+def said(arguments):
+    try:
+        eval(f"Trainer({arguments})")
+    except DrivetrainError as error:
+        return str(error)
+
+print(json.dumps({arguments: said(arguments) for arguments in %r}))
+"""
+
+
+@pytest.fixture(scope="module")
+def refusals() -> dict[str, str | None]:
+    """What each of these trainers says when it is constructed."""
+    return json.loads(_python(ASK % list(REFUSED), GOOD + BAD))
+
+
+@pytest.mark.parametrize("arguments", REFUSED)
+def test_a_bad_package_asked_for_by_name_is_one_clear_error(
+    refusals: dict[str, str | None], arguments: str
+) -> None:
+    text = refusals[arguments]
+    assert text is not None, "nothing was raised"
+    for part in REFUSED[arguments]:
+        assert part in text

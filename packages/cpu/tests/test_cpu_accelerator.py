@@ -17,6 +17,7 @@ MEBI = 2**20
 
 
 def test_it_is_an_accelerator_with_the_facts_of_the_spec() -> None:
+    """A1, A2, A5"""
     accelerator = CpuAccelerator()
     assert isinstance(accelerator, Accelerator)
     assert isinstance(accelerator, SupportsMemoryStats)
@@ -38,13 +39,26 @@ def test_fewer_threads_that_the_user_asked_torch_for_are_kept() -> None:
 
 
 def test_the_users_own_omp_num_threads_wins() -> None:
+    """A8"""
     assert threads_for(64, 5, {"OMP_NUM_THREADS": "5"}) == 5
 
 
-def test_a_forked_process_gets_one_thread_and_says_what_it_ignores() -> None:
-    assert threads_for(2, 4, {"DRIVETRAIN_LAUNCHED": "fork"}) == 1
-    with pytest.warns(UserWarning, match="OMP_NUM_THREADS=4 is ignored"):
-        assert threads_for(2, 4, {"DRIVETRAIN_LAUNCHED": "fork", "OMP_NUM_THREADS": "4"}) == 1
+def test_a_process_that_was_forked_after_its_parent_used_threads_does_not_hang() -> None:
+    code = (
+        "import torch; torch.set_num_threads(2); torch.ones(2000, 2000).sin().sum()\n"
+        "from drivetrain_cpu.accelerator import CpuAccelerator\n"
+        "from drivetrain_interfaces import LaunchRequest\n"
+        "from drivetrain_toolkit.launchers import fork\n"
+        "def main(world):\n"
+        "    CpuAccelerator().activate(world.local_rank, world.local_size)\n"
+        "    return torch.ones(2000, 2000).sum().item(), torch.get_num_threads()\n"
+        "launcher = fork()\n"
+        "print(launcher.launch(main, launcher.plan(LaunchRequest(local_size=2))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.stdout.strip() == "(4000000.0, 1)", done.stderr
 
 
 @pytest.mark.parametrize(
@@ -55,6 +69,7 @@ def test_a_forked_process_gets_one_thread_and_says_what_it_ignores() -> None:
 def test_activate_sets_the_threads_and_close_restores_them(
     omp: str | None, local_size: int, expected: str
 ) -> None:
+    """A6, A8, A10"""
     code = (
         "import torch; from drivetrain_cpu.accelerator import CpuAccelerator\n"
         f"{'' if omp else 'torch.set_num_threads(3)'}\n"
@@ -80,6 +95,7 @@ def test_activate_sets_the_threads_and_close_restores_them(
 
 
 def test_memory_stats_are_bytes_and_see_an_allocation() -> None:
+    """A11"""
     accelerator = CpuAccelerator()
     device = torch.device("cpu")
     before = accelerator.memory_stats(device)
@@ -91,6 +107,7 @@ def test_memory_stats_are_bytes_and_see_an_allocation() -> None:
 
 
 def test_synchronize_returns_at_once() -> None:
+    """A9, A10"""
     accelerator = CpuAccelerator()
     accelerator.synchronize(accelerator.activate(0, 1))
     accelerator.close()

@@ -15,6 +15,7 @@ from drivetrain_cpu import FACTS, cores, spec
 
 
 def test_importing_and_probing_the_spec_loads_neither_torch_nor_numpy() -> None:
+    """B1"""
     code = (
         "import sys; from drivetrain_cpu import spec; spec.probe(); "
         "spec.parse_devices(2, spec.probe(), 'cpu'); "
@@ -27,11 +28,13 @@ def test_importing_and_probing_the_spec_loads_neither_torch_nor_numpy() -> None:
 
 
 def test_the_entry_point_yields_the_spec_under_its_own_name() -> None:
+    """B2"""
     assert load_backend("cpu") is spec
     assert spec.name == "cpu"
 
 
 def test_the_contract_is_served_here_and_is_the_one_told_to_the_installer() -> None:
+    """B3"""
     assert CONTRACT.serves(spec.contract)
     wanted = next(
         line
@@ -42,6 +45,7 @@ def test_the_contract_is_served_here_and_is_the_one_told_to_the_installer() -> N
 
 
 def test_the_probe_counts_the_cores_that_this_process_may_use() -> None:
+    """B10"""
     assert spec.probe() == Probe(devices=cores())
     assert cores() >= 1
 
@@ -67,6 +71,7 @@ def test_devices_is_a_number_of_processes_that_may_exceed_the_cores(
 def test_anything_else_is_refused_with_the_request_and_the_cores_in_the_message(
     request_: object,
 ) -> None:
+    """B7"""
     with pytest.raises(ConfigurationError) as caught:
         spec.parse_devices(request_, Probe(devices=7), "cpu")
     assert repr(request_) in str(caught.value)
@@ -80,4 +85,5 @@ def test_the_spec_and_its_facts_survive_pickling() -> None:
 
 
 def test_it_comes_last_in_an_automatic_choice() -> None:
+    """B6"""
     assert spec.priority == 0

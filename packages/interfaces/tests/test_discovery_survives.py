@@ -63,6 +63,7 @@ def test_a_working_backend_is_found_probed_and_named_with_its_owner(site, good) 
 def test_a_broken_import_is_one_problem_that_names_the_package(
     site, good, source: str, cause: str
 ) -> None:
+    """B12, B21"""
     site.install("acme-broken", BACKENDS, {"broken": f"{site.module(source)}:spec"}, "0.9")
     entries = _entries(site)
     _assert_fine(entries)
@@ -74,6 +75,7 @@ def test_a_broken_import_is_one_problem_that_names_the_package(
 
 
 def test_an_object_of_another_kind_is_one_problem(site, good) -> None:
+    """B21"""
     site.install("acme-odd", BACKENDS, {"odd": f"{site.module('spec = 3')}:spec"})
     entries = _entries(site)
     _assert_fine(entries)
@@ -82,6 +84,7 @@ def test_an_object_of_another_kind_is_one_problem(site, good) -> None:
 
 
 def test_a_name_claimed_twice_belongs_to_nobody(site, good, backend_module) -> None:
+    """B21"""
     for owner in ("acme-left", "acme-right"):
         site.install(owner, BACKENDS, {"twin": backend_module("twin")})
     entries = _entries(site)
@@ -96,6 +99,7 @@ def test_a_name_claimed_twice_belongs_to_nobody(site, good, backend_module) -> N
 def test_a_newer_contract_is_one_problem_found_without_loading_the_vendor(
     site, good, backend_module, contract: tuple[int, int]
 ) -> None:
+    """B11, B21"""
     value = backend_module("future", contract=contract, probe="raise SystemError")
     site.install("acme-future", BACKENDS, {"future": value}, "7.0")
     entries = _entries(site)
@@ -107,6 +111,7 @@ def test_a_newer_contract_is_one_problem_found_without_loading_the_vendor(
 
 
 def test_a_probe_that_raises_is_one_problem_and_keeps_the_spec(site, good, backend_module) -> None:
+    """B8, B21"""
     value = backend_module("shaky", probe="raise RuntimeError('no driver')")
     site.install("acme-shaky", BACKENDS, {"shaky": value})
     entries = _entries(site)
@@ -126,12 +131,14 @@ def test_all_of_them_together_leave_the_good_one_working(site, good, backend_mod
 
 
 def test_listing_imports_nothing(site, good) -> None:
+    """B20"""
     module = good.partition(":")[0]
     assert set(registrations(BACKENDS, site.points(BACKENDS))) == {"fine"}
     assert module not in sys.modules
 
 
 def test_naming_a_backend_imports_that_one_only(site, good, backend_module) -> None:
+    """B20"""
     other = backend_module("other")
     site.install("acme-other", BACKENDS, {"other": other})
     entries = _entries(site, only="fine")

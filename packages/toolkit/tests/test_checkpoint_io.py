@@ -20,9 +20,10 @@ import torch
 from drivetrain_interfaces.checkpoint import CheckpointIO, SupportsListing
 from drivetrain_interfaces.contract import CONTRACT
 from drivetrain_interfaces.errors import CheckpointError, StorageError
+from torch import nn
+
 from drivetrain_toolkit import durable
 from drivetrain_toolkit.checkpoint import MANIFEST, STATE, TENSORS, DirectoryCheckpointIO, Manifest
-from torch import nn
 
 FILES = (MANIFEST, STATE, TENSORS)
 DTYPES = [
@@ -135,7 +136,9 @@ def test_tied_tensors_are_saved_once_and_come_back_tied(
     """K9"""
     weight = torch.randn(50, 50)
     views = {"head": weight.view(-1)[:10], "tail": weight.view(-1)[10:20]}
-    io.save({"in": weight, "out": weight, "again": weight.view(50, 50), **views}, str(tmp_path / "x"))
+    io.save(
+        {"in": weight, "out": weight, "again": weight.view(50, 50), **views}, str(tmp_path / "x")
+    )
     back = io.load(str(tmp_path / "x"))
     assert back["in"] is back["out"]
     assert back["in"] is back["again"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from drivetrain_interfaces import Clip, ConfigurationError, UnsupportedError
+from torch import nn
+
 from drivetrain_toolkit.clipping import (
     check_clip,
     clip_by_norm,
@@ -13,7 +15,6 @@ from drivetrain_toolkit.clipping import (
     scale,
     total_norm,
 )
-from torch import nn
 
 
 def parameters(*, grad_scale=1.0):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from drivetrain_interfaces.errors import CheckpointError, ConfigurationError
+
 from drivetrain_toolkit.codecs import Codecs
 
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 import pytest
 from drivetrain_interfaces.cluster import ClusterEnvironment, World
 from drivetrain_interfaces.errors import ClusterError, DrivetrainError, NotFoundError
+
 from drivetrain_toolkit.environments import LOCAL, TORCHRUN, find_environment
 
 LAUNCHED = {
@@ -92,7 +93,8 @@ def test_the_machine_number_follows_from_the_rank_where_it_is_not_set() -> None:
 
 
 @pytest.mark.parametrize(
-    "missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    "missing",
+    ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"],
 )
 def test_an_incomplete_set_is_refused_with_the_missing_name_and_the_facts(missing: str) -> None:
     """E4"""

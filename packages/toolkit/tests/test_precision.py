@@ -15,6 +15,8 @@ from drivetrain_interfaces import (
     UnsupportedError,
     UserCodeError,
 )
+from torch import nn
+
 from drivetrain_toolkit import specs
 from drivetrain_toolkit.precision import (
     AutocastPrecision,
@@ -23,7 +25,6 @@ from drivetrain_toolkit.precision import (
     TruePrecision,
     make_precision,
 )
-from torch import nn
 
 
 def net(seed=0):
@@ -197,12 +198,18 @@ def test_64_true_equals_a_loop_in_float64_bitwise():
 def test_the_default_dtype_is_float64_in_forward_and_restored_after_an_error():
     """P6"""
     precision = TruePrecision("64-true")
-    with pytest.raises(RuntimeError, match="mine"), precision.forward():
-        assert torch.zeros(1).dtype is torch.float64
+    seen = []
+
+    def user_code():
         with precision.forward():
-            pass
-        assert torch.zeros(1).dtype is torch.float64
-        raise RuntimeError("mine")
+            with precision.forward():
+                seen.append(torch.zeros(1).dtype)
+            seen.append(torch.zeros(1).dtype)
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        user_code()
+    assert seen == [torch.float64, torch.float64]
     assert torch.zeros(1).dtype is torch.float32
     with TruePrecision("bf16-true").forward():
         assert torch.zeros(1).dtype is torch.float32
@@ -225,11 +232,18 @@ def test_mixed_precision_computes_what_autocast_computes(name):
 def test_autocast_contexts_nest_and_are_left_after_an_error():
     """P6"""
     precision = AutocastPrecision("cpu")
-    with pytest.raises(RuntimeError, match="mine"), precision.forward():
-        with precision.forward(), torch.autocast("cpu", enabled=False):
-            assert not torch.is_autocast_enabled("cpu")
-        assert torch.is_autocast_enabled("cpu")
-        raise RuntimeError("mine")
+    seen = []
+
+    def user_code():
+        with precision.forward():
+            with precision.forward(), torch.autocast("cpu", enabled=False):
+                seen.append(torch.is_autocast_enabled("cpu"))
+            seen.append(torch.is_autocast_enabled("cpu"))
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        user_code()
+    assert seen == [False, True]
     assert not torch.is_autocast_enabled("cpu")
     assert precision.forward() is not precision.forward()
 
@@ -266,11 +280,11 @@ def test_a_format_that_torch_would_turn_off_with_a_warning_is_refused():
 def test_scaled_updates_equal_a_hand_written_scaler_bitwise():
     """P10"""
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
-    precision, module = ScaledAutocastPrecision("cpu", growth_interval=2), net()
+    precision, module = ScaledAutocastPrecision("cpu", init_scale=1024.0, growth_interval=2), net()
     optimizer = torch.optim.AdamW(module.parameters())
     reference = net()
     other = torch.optim.AdamW(reference.parameters())
-    scaler = torch.amp.GradScaler("cpu", growth_interval=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     for _ in range(5):
         backward(precision, module, x)
         assert precision.step([optimizer], lambda: None)
@@ -283,7 +297,7 @@ def test_scaled_updates_equal_a_hand_written_scaler_bitwise():
         other.zero_grad()
     assert same(snapshot(module, [optimizer]), snapshot(reference, [other]))
     assert precision.state_dict() == scaler.state_dict()
-    assert precision.state_dict()["scale"] == 2.0**18
+    assert precision.state_dict()["scale"] == 4096.0
 
 
 def test_prepare_sees_gradients_without_the_scale():

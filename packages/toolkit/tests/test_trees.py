@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from collections import OrderedDict, UserDict, defaultdict
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from drivetrain_toolkit.trees import move
 from torch.nn.utils.rnn import pack_sequence
+
+from drivetrain_toolkit.trees import move
 
 CPU = torch.device("cpu")
 META = torch.device("meta")
-Pair = namedtuple("Pair", "left right")
+
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from drivetrain_interfaces import CheckpointError, World
+from drivetrain_interfaces import World
 
 from drivetrain.callbacks.base import Callback, Moment
 
@@ -66,6 +66,8 @@ class FakeTrainer:
     max_epochs: int | None = 2
     num_training_batches: float = 4
     num_val_batches: list = field(default_factory=list)
+    num_test_batches: list = field(default_factory=list)
+    num_predict_batches: list = field(default_factory=list)
     log_every_n_steps: int = 1
     should_stop: bool = False
     sanity_checking: bool = False

@@ -15,6 +15,8 @@ from drivetrain_interfaces.errors import NonFiniteLossError
 from drivetrain import cli
 
 TINY = """
+import os
+
 import torch
 from drivetrain import Callback, DataModule, Module
 
@@ -63,8 +65,10 @@ class Shout(Callback):
 
     def on_fit_end(self, trainer, module):
         weight = module.layer.weight.sum().item()
-        print(f"{self.word} rank {trainer.world.rank} of {trainer.world.size}: "
-              f"{trainer.global_step} steps, rate {module.rate}, {weight:.6f}", flush=True)
+        line = (f"{self.word} rank {trainer.world.rank} of {trainer.world.size}: "
+                f"{trainer.global_step} steps, rate {module.rate}, {weight:.6f}")
+        # In one piece, since two processes write.
+        os.write(1, f"{line}\\n".encode()) if trainer.world.size > 1 else print(line)
 """
 
 RUN = """
@@ -249,6 +253,15 @@ def test_a_run_without_a_model_is_refused(main, capsys):
         main("fit", "--trainer.max_epochs", "1")
     assert caught.value.code == 2
     assert "model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tiny.Shot", "tinny.Shout", "Shout"])
+def test_a_class_path_that_leads_nowhere_is_refused(name, main, project):
+    settings = (project / "run.yaml").read_text().replace("tiny.Shout", name)
+    (project / "run.yaml").write_text(settings)
+    code, _, err = main("fit", "--config", "run.yaml")
+    assert code == 2
+    assert err.startswith(f"drivetrain fit: class_path={name!r} with")
 
 
 def test_a_failure_of_the_run_itself_has_code_1(main, monkeypatch):

@@ -138,6 +138,18 @@ def test_by_default_it_saves_after_validation_and_not_again_at_the_end_of_the_ep
     assert moments == [0, 1]
 
 
+def test_every_validation_of_an_epoch_is_a_candidate(trainer):
+    trainer.num_val_batches = [1]
+    callback = ModelCheckpoint(monitor="val_loss", filename="{step}")
+    trainer.start(callback)
+    trainer.hook("on_train_start")
+    trainer.hook("on_train_epoch_start")
+    for trainer.global_step, loss in ((2, 0.5), (4, 0.3), (6, 0.4)):
+        trainer.validate({"val_loss": loss})
+    assert callback.best_model_path.endswith("step=4.ckpt")
+    assert [name for name, _ in trainer.saved] == ["step=2.ckpt", "step=4.ckpt"]
+
+
 def test_epochs_without_validation_are_saved_at_their_end(trainer):
     trainer.num_val_batches = [1]
     callback = ModelCheckpoint(save_top_k=-1)
@@ -146,9 +158,7 @@ def test_epochs_without_validation_are_saved_at_their_end(trainer):
 
 
 def test_it_keeps_the_best_and_reports_them(trainer):
-    callback = ModelCheckpoint(
-        monitor="val_loss", save_top_k=2, filename="{epoch}-{val_loss:.1f}"
-    )
+    callback = ModelCheckpoint(monitor="val_loss", save_top_k=2, filename="{epoch}-{val_loss:.1f}")
     trainer.num_val_batches = [1]
     trainer.start(callback).train(5, validation=losses(0.5, 0.3, 0.9, 0.1, 0.4)).end()
     assert files(trainer) == ["epoch=1-val_loss=0.3.ckpt", "epoch=3-val_loss=0.1.ckpt"]
@@ -183,17 +193,19 @@ def test_a_removed_best_file_is_never_reported(trainer):
     callback = ModelCheckpoint(monitor="val_loss")
     trainer.num_val_batches = [1]
     trainer.start(callback)
-    seen = []
-    trainer.checkpoint_io.remove = lambda path: (
-        seen.append((path, callback.best_model_path)),
-        os.remove(path),
-    )
+    removed, reported, there = [], [], []
+
+    def remove(path):
+        removed.append(path)
+        reported.append(callback.best_model_path)
+        there.append(os.path.exists(callback.best_model_path))
+        os.remove(path)
+
+    trainer.checkpoint_io.remove = remove
     trainer.train(4, validation=losses(4, 3, 2, 1))
-    assert len(seen) == 3
-    for removed, reported in seen:
-        assert removed != reported
-        assert os.path.exists(reported) or reported != callback.best_model_path
-    assert os.path.exists(callback.best_model_path)
+    assert there == [True] * 3
+    assert all(old != best for old, best in zip(removed, reported, strict=True))
+    assert callback.best_model_path not in removed
 
 
 def test_a_new_file_is_there_before_an_old_one_is_removed(trainer):
@@ -303,17 +315,16 @@ def test_a_time_interval_asks_the_clock_at_log_points_only(trainer, monkeypatch)
     now = [100.0]
     monkeypatch.setattr("drivetrain.callbacks.checkpoint.time.monotonic", lambda: now[0])
     trainer.log_every_n_steps = 4
-    callback = ModelCheckpoint(train_time_interval=timedelta(seconds=30), save_top_k=-1)
-    trainer.start(callback).train(1)
-    assert trainer.saved == []
+    trainer.start(ModelCheckpoint(train_time_interval=timedelta(seconds=30)))
+    trainer.hook("on_train_start")
     now[0] += 31
-    trainer.train(1, steps=3)
-    assert trainer.saved == []
-    trainer.train(1, steps=1)
-    assert [name for name, _ in trainer.saved] == []  # on_train_start began a new interval
-    now[0] += 31
-    trainer.train(1, steps=4)
-    assert [name for name, _ in trainer.saved] == []
+    before = trainer.collectives.count
+    for trainer.global_step in (1, 2, 3):
+        trainer.hook("on_save_opportunity", Moment.STEP)
+    assert trainer.collectives.count == before
+    trainer.global_step = 4
+    trainer.hook("on_save_opportunity", Moment.STEP)
+    assert [name for name, _ in trainer.saved] == ["epoch=0-step=4.ckpt"]
 
 
 def test_a_time_interval_saves_and_begins_again(trainer, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
+from pathlib import Path
 
 import pytest
 from drivetrain_interfaces.errors import (
@@ -240,3 +241,14 @@ def test_every_entry_of_the_table_is_well_formed():
         assert module.split(".", maxsplit=1)[0] == entry["distribution"].replace("-", "_"), name
         assert attribute.isidentifier(), name
         assert names.release(entry["since"]), name
+
+
+def test_the_page_of_older_names_lists_every_one_with_its_package():
+    page = Path(__file__).parents[3] / "docs" / "seeds.md"
+    if not page.exists():
+        pytest.skip("the pages are not part of this distribution")
+    rows = page.read_text(encoding="utf-8").splitlines()
+    for name, entry in names.table()["classes"].items():
+        since = "" if entry["since"] == "0.1" else f" from {entry['since']}"
+        start = f"| `{name}` | {entry['distribution']}{since} |"
+        assert any(row.startswith(start) for row in rows), start

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ class CpuAccelerator:
         """Cores that this process may run on."""
         return cores()
 
-    def activate(self, index: int, local_size: int) -> torch.device:  # noqa: ARG002 - cores have none
+    def activate(self, index: int, local_size: int) -> torch.device:
         """Give this process its share of the cores as torch threads; returns the CPU device."""
         before = torch.get_num_threads()
         threads = threads_for(local_size, before, os.environ)
@@ -72,7 +71,7 @@ class CpuAccelerator:
             torch.set_num_threads(self._threads_before)
             self._threads_before = None
 
-    def memory_stats(self, device: torch.device) -> Mapping[str, float]:  # noqa: ARG002 - only one
+    def memory_stats(self, device: torch.device) -> Mapping[str, float]:
         """Bytes that this process holds in memory (``allocated``) and held at most (``peak``)."""
         peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         if sys.platform != "darwin":  # where it is in bytes already
@@ -87,26 +86,15 @@ def threads_for(local_size: int, current: int, env: Mapping[str, str]) -> int:
     """Torch threads for one of ``local_size`` processes on this machine.
 
     The user's word counts: with ``OMP_NUM_THREADS`` set nothing changes, and neither does it with
-    a single process, nor where the user has asked torch for fewer threads than the share.
-
-    A forked process gets one thread: the thread pool of its parent is not copied by a fork, and
-    waiting for it would hang. For the same reason torch gives one to its own loader processes.
+    a single process. Fewer threads than the share are left as they are: the user asked torch for
+    them, or the launcher did, which gives a forked process one, since threads survive no fork.
 
     Args:
         local_size: Processes of the run on this machine.
         current: Threads that torch would use now.
         env: The environment of this process.
     """
-    wanted = env.get("OMP_NUM_THREADS", "")
-    if env.get("DRIVETRAIN_LAUNCHED") == "fork":
-        if wanted not in ("", "1"):
-            warnings.warn(
-                f"OMP_NUM_THREADS={wanted} is ignored, because a forked process can only use one "
-                "thread. Use launcher='script' to give each process more.",
-                stacklevel=3,
-            )
-        return 1
-    if wanted or local_size == 1:
+    if local_size == 1 or env.get("OMP_NUM_THREADS"):
         return current
     return min(current, max(1, cores() // local_size))
 

@@ -66,7 +66,7 @@ class CpuBackend:
             )
         return STRATEGIES[name]()(context)
 
-    def launcher(self, name: str) -> Launcher | None:  # noqa: ARG002 - the contract gives the name
+    def launcher(self, name: str) -> Launcher | None:
         """None for every name: the shared launchers do."""
         return None
 

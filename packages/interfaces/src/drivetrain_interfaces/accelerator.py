@@ -24,7 +24,7 @@ class DeviceFacts:
         several_devices_launcher: The launcher for several devices when a script is being run.
         interactive_launcher: The same at a prompt or in a notebook.
         default_devices: How many devices ``"auto"`` means; 0 means all that the probe found.
-        indexed: Whether devices have an index (``cuda:1``) or not (``cpu``).
+        indexed: Whether devices have an index (``acme:1``) or not (``cpu``).
     """
 
     device_type: str

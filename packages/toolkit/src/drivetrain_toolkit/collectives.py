@@ -225,7 +225,7 @@ class TorchCollectives:
             _STORES[key] = (store, uses + 1)
             # Ranks use the store equally often, so that they agree on this name.
             mine = PrefixStore(f"drivetrain/{world.restarts}/{uses}", store)
-            _meet(mine, world)
+            _meet(mine, world, self._rendezvous)
             dist.init_process_group(
                 self._backend,
                 store=mine,
@@ -322,11 +322,11 @@ class StoreSideChannel:
             ) from error
 
 
-def _meet(store: Store, world: World) -> None:
+def _meet(store: Store, world: World, timeout: timedelta) -> None:
     """Wait until every rank is there, so that those who are missing can be named."""
     store.set(f"rank/{world.rank}", "here")
     try:
-        store.wait([f"rank/{rank}" for rank in range(world.size)])
+        store.wait([f"rank/{rank}" for rank in range(world.size)], timeout)
     except RuntimeError as error:
         missing = [rank for rank in range(world.size) if not store.check([f"rank/{rank}"])]
         raise ClusterError(

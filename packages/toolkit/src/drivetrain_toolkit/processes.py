@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from contextlib import suppress
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -160,15 +161,25 @@ class Supervisor:
                 self.end()
         self._advance()
 
-    def end(self, *, grace: float = GRACE) -> None:
-        """Decide that all must end: by themselves within ``grace`` seconds, then by force."""
-        if self._ending_since is None:
-            self._ending_since = time.monotonic() - (GRACE - grace)
+    def end(self, *, later: float = 0.0) -> None:
+        """Decide that all must end: by themselves within a grace period, then by force.
+
+        Deciding it again can only bring the end forward.
+
+        Args:
+            later: Seconds until the grace period begins; a negative number shortens it.
+        """
+        since = time.monotonic() + later
+        self._ending_since = min(since, self._ending_since or since)
 
     def spare(self) -> None:
-        """Take ``end`` back, where every child lives on and none has been sent a signal."""
+        """Take ``end`` back, where every child lives on and none has been sent a signal.
+
+        What they reported is forgotten: the script caught it, in every rank.
+        """
         if all(child.code is None and not child.signalled for child in self.children):
             self._ending_since = None
+            self.problems.clear()
 
     def all_left(self) -> bool:
         """Whether every live child has left the expected call of ``main``. After a ``tick``."""
@@ -260,13 +271,15 @@ class PortReservation:
     """
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind(("127.0.0.1", 0))
-        self.port: int = self._socket.getsockname()[1]
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as reserved:
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            reserved.bind(("127.0.0.1", 0))
+            self.port: int = reserved.getsockname()[1]
+            # Also let go when nobody launches the plan that the port was for.
+            self._let_go = weakref.finalize(self, os.close, reserved.detach())
         if sys.platform != "linux":
             self.close()
 
     def close(self) -> None:
         """Let the port go. Safe to call twice."""
-        self._socket.close()
+        self._let_go()

@@ -6,9 +6,11 @@ Only what a command needs is imported: ``plan``, ``doctor`` and ``--version`` lo
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
 from drivetrain_interfaces.errors import (
+    ConfigurationError,
     DrivetrainError,
     NonFiniteLossError,
     ProcessFailedError,
@@ -18,7 +20,7 @@ from drivetrain_interfaces.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, Namespace
 
 _RUNS: Final = {
     "fit": "train a model",
@@ -156,22 +158,59 @@ def _doctor(words: Sequence[str]) -> int:
 
 def _runner(command: str) -> Callable[[Sequence[str]], int]:
     def run(words: Sequence[str]) -> int:
-        from drivetrain import seed_everything
+        from drivetrain import Trainer, seed_everything
 
         _import_from_here()
         parser = _run_parser(command)
         settings = parser.parse_args(list(words))
         if settings.seed_everything is not None:
             seed_everything(settings.seed_everything)
-        made = parser.instantiate_classes(settings)
-        action: Any = getattr(made.trainer, command)
+        trainer = Trainer(**_built(settings.pop("trainer").as_dict()))
+        made = _instantiate(parser, settings)
+        action: Any = getattr(trainer, command)
         result = action(made.model, datamodule=made.get("data"), ckpt_path=settings.ckpt_path)
-        world = made.trainer.runtime.parts.world
+        world = trainer.runtime.parts.world
         if world is None or world.is_main:
             _report(command, result)
         return 0
 
     return run
+
+
+def _instantiate(parser: ArgumentParser, settings: Namespace) -> Namespace:
+    # The first is newer; the second warns where both exist, and is to go.
+    newer = hasattr(parser, "instantiate")
+    made: Namespace = (parser.instantiate if newer else parser.instantiate_classes)(settings)
+    return made
+
+
+def _built(value: Any) -> Any:
+    """A setting with every ``class_path`` in it made into the object that it describes.
+
+    The trainer's arguments take objects of many kinds, so that their types say nothing here.
+
+    Raises:
+        ConfigurationError: There is no such class, or it does not take these arguments.
+    """
+    if isinstance(value, dict) and "class_path" in value:
+        return _made(value["class_path"], _built(value.get("init_args") or {}))
+    if isinstance(value, dict):
+        return {key: _built(item) for key, item in value.items()}
+    return [_built(item) for item in value] if isinstance(value, list) else value
+
+
+def _made(path: str, arguments: dict[str, Any]) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(import_module(module), name)(**arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, DrivetrainError):
+            raise
+        raise ConfigurationError(
+            f"class_path={path!r} with {arguments} was asked for, and making it raised "
+            f"{type(error).__name__}: {error}.",
+            "Correct the name or the arguments.",
+        ) from error
 
 
 def _run_parser(command: str) -> ArgumentParser:

@@ -144,61 +144,70 @@ def _epoch(run: FitRun) -> None:
 
 def _windows(run: FitRun, stream: Iterator[Any]) -> bool:
     """Train on the rest of an epoch; False if the run ended inside it."""
-    progress, settings, stop, trainer = run.progress, run.settings, run.stop, run.trainer
-    size = settings.accumulate_grad_batches
+    progress, settings, train_window = run.progress, run.settings, run.train_window
+    size, log_every = settings.accumulate_grad_batches, settings.log_every_n_steps
     starts = run.hooks.table("on_train_batch_start", 2)
     ends = run.hooks.table("on_train_batch_end", 3)
     savers = run.hooks.table("on_save_opportunity", 1)
     step_schedulers = [each for each in run.schedulers if each.interval == "step"]
-    add_loss, train_window = run.losses.add, run.train_window
-    log_every, max_steps, deadline = settings.log_every_n_steps, settings.max_steps, run.deadline
-    mid_epoch_validation = run.validation is not None and not _only_at_epoch_end(run)
-    while True:
-        run.windows += 1
-        if not stop.begin(run.windows):
-            run.windows -= 1
-            run.stopped = True
-            return False
+    validates_inside = run.validation is not None and _interval(run) is not None
+    while _may_begin(run):
         window = list(islice(stream, size))
+        first, before = progress.batch, progress.global_step
+        if starts and _cut_short(starts, window, first):
+            stream = iter(())
         if not window:
             run.windows -= 1
             return True
-        first = progress.batch
-        if starts and _cut_short(starts, window, first):
-            stream = iter(())
-            if not window:
-                run.windows -= 1
-                return True
-        before = progress.global_step
         result = train_window(window, first)
         progress.batch = first + len(window)
         if result is not None:
-            if result.applied:
-                progress.global_step = before + 1
-                add_loss(result.loss)
-            else:
-                progress.skipped += 1
-                run.hooks.call("on_step_skipped")
-        if progress.global_step != before:
+            _count(run, result)
+        updated = progress.global_step != before
+        if updated:
             for each in step_schedulers:
                 _step_scheduler(run, each, progress.global_step)
         if ends:
-            outputs = train_window.outputs(result)
-            for offset, batch in enumerate(window):
-                for call in ends:
-                    call(outputs[offset], batch, first + offset)
-        if progress.global_step % log_every == 0 and progress.global_step != before:
+            _tell_batch_end(ends, window, first, train_window.outputs(result))
+        if updated and progress.global_step % log_every == 0:
             log_point(run, result)
         for save in savers:
             save(Moment.STEP)
-        if mid_epoch_validation and _validation_due(run, first) and not _validate(run):
+        if validates_inside and _validation_due(run, first) and not _validate(run):
             return False
-        if trainer.should_stop or 0 <= max_steps <= progress.global_step:
+        if run.trainer.should_stop or 0 <= settings.max_steps <= progress.global_step:
             return _reached_end(run)
-        if deadline is not None and time.monotonic() >= deadline:
-            # Clocks of ranks differ, so they agree on the boundary as they do for a signal.
-            deadline = None
-            stop.ask()
+    run.windows -= 1
+    run.stopped = True
+    return False
+
+
+def _may_begin(run: FitRun) -> bool:
+    """Count the next window; False if the run stops before it."""
+    run.windows += 1
+    if run.deadline is not None and time.monotonic() >= run.deadline:
+        # Clocks of ranks differ, so they agree on the boundary as they do for a signal.
+        run.deadline = None
+        run.stop.ask()
+    return run.stop.begin(run.windows)
+
+
+def _count(run: FitRun, result: StepResult) -> None:
+    """Counters follow what was applied, not what was tried."""
+    if result.applied:
+        run.progress.global_step += 1
+        run.losses.add(result.loss)
+    else:
+        run.progress.skipped += 1
+        run.hooks.call("on_step_skipped")
+
+
+def _tell_batch_end(
+    ends: tuple[Callable[..., Any], ...], window: list[Any], first: int, outputs: list[Any]
+) -> None:
+    for offset, batch in enumerate(window):
+        for call in ends:
+            call(outputs[offset], batch, first + offset)
 
 
 def _cut_short(starts: tuple[Callable[..., Any], ...], window: list[Any], first: int) -> bool:
@@ -265,10 +274,6 @@ def _validate(run: FitRun) -> bool:
     run.progress.validated_at = run.progress.batch
     _offer_save(run, Moment.VALIDATION)
     return True
-
-
-def _only_at_epoch_end(run: FitRun) -> bool:
-    return run.settings.val_check_interval is None or run.settings.val_check_interval == 1.0
 
 
 def _interval(run: FitRun) -> int | None:

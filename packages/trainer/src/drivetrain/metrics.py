@@ -198,7 +198,7 @@ class Metrics:
         values = dict(zip(slots, _to_host([_newest(slot) for slot in slots]), strict=True))
         if self._world.size > 1 and synced:
             rows = [
-                _Row(slot.name, slot.reduction, values[slot], 1.0, True, slot.asked[:2])
+                _Row(slot.name, slot.reduction, values[slot], 1.0, slot.on_step, slot.asked[:2])
                 for slot in synced
             ]
             reduced = self._over_ranks(rows)

@@ -107,78 +107,106 @@ class Module(nn.Module):
     def teardown(self, stage: str) -> None:
         """After everything else, also after an error or a signal."""
 
-    def on_fit_start(self) -> None: ...
+    def on_fit_start(self) -> None:
+        """See ``Callback.on_fit_start``."""
 
-    def on_fit_end(self) -> None: ...
+    def on_fit_end(self) -> None:
+        """See ``Callback.on_fit_end``."""
 
-    def on_train_start(self) -> None: ...
+    def on_train_start(self) -> None:
+        """See ``Callback.on_train_start``."""
 
-    def on_train_end(self) -> None: ...
+    def on_train_end(self) -> None:
+        """See ``Callback.on_train_end``."""
 
-    def on_train_epoch_start(self) -> None: ...
+    def on_train_epoch_start(self) -> None:
+        """See ``Callback.on_train_epoch_start``."""
 
-    def on_train_epoch_end(self) -> None: ...
+    def on_train_epoch_end(self) -> None:
+        """See ``Callback.on_train_epoch_end``."""
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """A batch was drawn; return -1 to end the epoch before it."""
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """See ``Callback.on_train_batch_end``."""
 
-    def on_step_skipped(self) -> None: ...
+    def on_step_skipped(self) -> None:
+        """See ``Callback.on_step_skipped``."""
 
-    def on_before_backward(self, loss: torch.Tensor) -> None: ...
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        """See ``Callback.on_before_backward``."""
 
-    def on_after_backward(self) -> None: ...
+    def on_after_backward(self) -> None:
+        """See ``Callback.on_after_backward``."""
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """See ``Callback.on_before_optimizer_step``."""
 
-    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None: ...
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """See ``Callback.on_before_zero_grad``."""
 
-    def on_validation_start(self) -> None: ...
+    def on_validation_start(self) -> None:
+        """See ``Callback.on_validation_start``."""
 
-    def on_validation_end(self) -> None: ...
+    def on_validation_end(self) -> None:
+        """See ``Callback.on_validation_end``."""
 
-    def on_validation_epoch_start(self) -> None: ...
+    def on_validation_epoch_start(self) -> None:
+        """See ``Callback.on_validation_epoch_start``."""
 
-    def on_validation_epoch_end(self) -> None: ...
+    def on_validation_epoch_end(self) -> None:
+        """See ``Callback.on_validation_epoch_end``."""
 
     def on_validation_batch_start(
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None: ...
+    ) -> None:
+        """See ``Callback.on_validation_batch_start``."""
 
     def on_validation_batch_end(
         self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None: ...
+    ) -> None:
+        """See ``Callback.on_validation_batch_end``."""
 
-    def on_test_start(self) -> None: ...
+    def on_test_start(self) -> None:
+        """See ``Callback.on_test_start``."""
 
-    def on_test_end(self) -> None: ...
+    def on_test_end(self) -> None:
+        """See ``Callback.on_test_end``."""
 
-    def on_test_epoch_start(self) -> None: ...
+    def on_test_epoch_start(self) -> None:
+        """See ``Callback.on_test_epoch_start``."""
 
-    def on_test_epoch_end(self) -> None: ...
+    def on_test_epoch_end(self) -> None:
+        """See ``Callback.on_test_epoch_end``."""
 
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """See ``Callback.on_test_batch_start``."""
 
     def on_test_batch_end(
         self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None: ...
+    ) -> None:
+        """See ``Callback.on_test_batch_end``."""
 
-    def on_predict_start(self) -> None: ...
+    def on_predict_start(self) -> None:
+        """See ``Callback.on_predict_start``."""
 
-    def on_predict_end(self) -> None: ...
+    def on_predict_end(self) -> None:
+        """See ``Callback.on_predict_end``."""
 
-    def on_predict_epoch_start(self) -> None: ...
+    def on_predict_epoch_start(self) -> None:
+        """See ``Callback.on_predict_epoch_start``."""
 
-    def on_predict_epoch_end(self) -> None: ...
+    def on_predict_epoch_end(self) -> None:
+        """See ``Callback.on_predict_epoch_end``."""
 
-    def on_predict_batch_start(
-        self, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None: ...
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """See ``Callback.on_predict_batch_start``."""
 
     def on_predict_batch_end(
         self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None: ...
+    ) -> None:
+        """See ``Callback.on_predict_batch_end``."""
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The batch on the host, before it goes to the device."""
@@ -195,7 +223,7 @@ class Module(nn.Module):
         """Read from the tree that was loaded."""
 
     # Logging
-    def log(  # noqa: PLR0917 - positional use of prog_bar is common
+    def log(
         self,
         name: str,
         value: Any,
@@ -266,7 +294,7 @@ class Module(nn.Module):
         """Optimizer steps applied by the trainer."""
         return self._trainer.global_step if self._trainer else 0
 
-    def print(self, *values: Any) -> None:  # noqa: A003 - the name users know
+    def print(self, *values: Any) -> None:
         """Print on rank 0 only."""
         if self._trainer is None or self._trainer.is_global_zero:
             print(*values)  # noqa: T201 - that is what it is for
@@ -288,12 +316,12 @@ class Module(nn.Module):
 
     def freeze(self) -> None:
         """Stop training all parameters."""
-        self.requires_grad_(False)
+        self.requires_grad_(requires_grad=False)
         self.eval()
 
     def unfreeze(self) -> None:
         """Train all parameters again."""
-        self.requires_grad_(True)
+        self.requires_grad_(requires_grad=True)
         self.train()
 
     # Hyperparameters
@@ -376,14 +404,14 @@ class FunctionalModule(Module):
         """The network's own forward."""
         return self.model(*args, **kwargs)
 
-    def training_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ARG002
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
         """The loss that the user's function returns; logged as ``loss``."""
         loss = self._training(self.model, batch)
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self.log("loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ARG002
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Logs whatever the user's function returns."""
         if self._validation is not None:
             self.log_dict(self._validation(self.model, batch) or {}, prog_bar=True)

@@ -79,7 +79,7 @@ def work(runtime: Runtime, trainer: Trainer, job: Job) -> Outcome:
         for notice in runtime.plan.notices:
             log.warning("%s", notice)
     try:
-        with determinism(trainer.deterministic):
+        with determinism(asked=trainer.deterministic):
             if job.stage == "fit" and stack.world.is_main:
                 for each in trainer.loggers:
                     each.prepare()

@@ -1,4 +1,4 @@
-"""The resolved stack: who runs where on what. The Trainer is built on it, and so can own loops be."""
+"""The resolved stack: who runs where on what. The Trainer is built on it; own loops can be."""
 
 from __future__ import annotations
 

@@ -406,7 +406,7 @@ class determinism:  # noqa: N801 - used as a function
         asked: True, ``"warn"``, or False and None to leave torch's setting alone.
     """
 
-    def __init__(self, asked: bool | str | None) -> None:
+    def __init__(self, *, asked: bool | str | None) -> None:
         self._asked = asked
 
     def __enter__(self) -> None:

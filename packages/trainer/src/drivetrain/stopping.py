@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from drivetrain_interfaces import SideChannel, World
+    from typing_extensions import Self
 
 #: How often the side channel is looked at, in seconds; bounds how late ranks learn of a stop.
 POLL_SECONDS = 0.25
@@ -58,7 +59,7 @@ class StopRequest:
         self._before: dict[signal.Signals, Any] = {}
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             self._before = {each: signal.signal(each, self._on_signal) for each in _SIGNALS}
         if self._channel is not None:
@@ -111,7 +112,7 @@ class StopRequest:
             return True
         if not self._agreed.wait(AGREE_SECONDS):
             raise ProcessFailedError(
-                f"Rank {self._world.rank} was asked to stop, and after {AGREE_SECONDS:.0f} s not all "
+                f"Rank {self._world.rank} was asked to stop, and {AGREE_SECONDS:.0f} s later not all "
                 f"of the {self._world.size} ranks had said where they are.",
                 "Look at the output of the other ranks; one of them hangs or has ended.",
             )

@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from drivetrain_interfaces import ConfigurationError, Feature, StorageError, UserCodeError, World
 
 from drivetrain import snapshot
-from drivetrain.callbacks.base import Callback
 from drivetrain.datamodule import DataModule
 from drivetrain.defaults import default_callbacks, default_loggers
 from drivetrain.hooks import Hooks
 from drivetrain.module import Module
 from drivetrain.plan import Want
 from drivetrain.resolve import check_wants
-from drivetrain.runtime import Runtime
 from drivetrain.running import Fitted, Job, Outcome, work
+from drivetrain.runtime import Runtime
 from drivetrain.settings import Settings
 from drivetrain.stopping import Interrupted
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from drivetrain_interfaces import CheckpointIO, Collectives
 
+    from drivetrain.callbacks.base import Callback
     from drivetrain.loggers.base import Logger
     from drivetrain.loop import FitRun
     from drivetrain.manual import ManualOptimizer
@@ -430,7 +430,7 @@ class Trainer:
     ) -> Outcome:
         if not isinstance(module, Module):
             raise UserCodeError(
-                f"{stage} was called with a {type(module).__name__}, which is no drivetrain.Module.",
+                f"{stage} was called with a {type(module).__name__}, not with a drivetrain.Module.",
                 "Subclass Module, or wrap a plain nn.Module in FunctionalModule.",
             )
         self.callbacks = [*self._own_callbacks, *module.configure_callbacks()]
@@ -469,7 +469,7 @@ class Trainer:
         found: list[str] = [path for each in self.callbacks if (path := getattr(each, name, ""))]
         if not found:
             raise StorageError(
-                f"ckpt_path={asked!r} was asked for, and no callback of this Trainer has saved one.",
+                f"ckpt_path={asked!r} was asked for, and no callback of this Trainer saved one.",
                 "Give the path of a checkpoint.",
             )
         return found[0]

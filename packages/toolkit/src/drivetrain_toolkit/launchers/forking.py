@@ -25,7 +25,7 @@ from drivetrain_toolkit.failures import (
 from drivetrain_toolkit.launchers import plans
 from drivetrain_toolkit.launchers.pickles import pickled, pickled_result, unpickled
 from drivetrain_toolkit.launchers.ranks import follow_launcher
-from drivetrain_toolkit.processes import PARENT, REPORTS, STOP, Child, Supervisor
+from drivetrain_toolkit.processes import GRACE, PARENT, REPORTS, STOP, Child, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -240,20 +240,20 @@ class _Family:
         """Send a signal that came here to every rank; a second one ends them without patience."""
         number = self._signals[-1]
         if self._sent:
-            self._supervisor.end(grace=0.0)
+            self._supervisor.end(later=-GRACE)
             return
         self._sent = number
         self._supervisor.stopping = True
         for child in self._children:
             child.send(number, ours=False)
-        self._supervisor.end(grace=STOP)
+        self._supervisor.end(later=STOP)
 
     def _end(self) -> None:
         """Leave nothing behind, however the launch ended."""
         supervisor = self._supervisor
         failed = bool(supervisor.problems) or bool(supervisor.live)
         if supervisor.live:
-            supervisor.end(grace=0.0)
+            supervisor.end(later=-GRACE)
         while supervisor.live:
             supervisor.tick()
             supervisor.wait(REPORTS / 5)

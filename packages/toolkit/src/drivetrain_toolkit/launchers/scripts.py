@@ -152,7 +152,7 @@ class ScriptRun:
         supervisor = self._supervisor
         if error is not None:
             supervisor.stopping = is_stop(error)
-            supervisor.end(grace=STOP if is_stop(error) else GRACE)
+            supervisor.end(later=STOP if is_stop(error) else 0.0)
         supervisor.tick()
         while not supervisor.all_left():
             supervisor.wait(REPORTS / 5)
@@ -189,7 +189,7 @@ class ScriptRun:
         supervisor.tick()
         while supervisor.live:
             if supervisor.waiting_in_vain():
-                supervisor.end(grace=0.0)
+                supervisor.end(later=-GRACE)
             supervisor.wait(REPORTS)
             supervisor.tick()
         self._close()
@@ -197,7 +197,7 @@ class ScriptRun:
             _exit_with(process_failed(supervisor.problems.values(), self._size))
 
     def _end_at_once(self) -> None:
-        self._supervisor.end(grace=0.0)
+        self._supervisor.end(later=-GRACE)
         self._supervisor.tick()
         while self._supervisor.live:
             self._supervisor.wait(REPORTS / 5)

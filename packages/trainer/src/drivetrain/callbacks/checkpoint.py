@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - hooks are called with all arguments
 """Saving checkpoints while training: when, under which name, and which to keep."""
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("drivetrain")
 _LAST = "last"
+_STEP = Moment.STEP  # looked up once: it is compared after every window
 _NOWHERE = (-1, -1)
 
 
@@ -226,7 +226,7 @@ class ModelCheckpoint(Callback):
         Raises:
             ConfigurationError: The monitored metric is not logged.
         """
-        if moment is Moment.STEP:
+        if moment is _STEP:
             if self._watches_steps and self._due_at_step(trainer):
                 self._consider(trainer, moment)
             return
@@ -240,14 +240,14 @@ class ModelCheckpoint(Callback):
     # When
     def _due_at_step(self, trainer: Trainer) -> bool:
         step = trainer.global_step
-        due = self._when.due(Moment.STEP, step, self._epoch, validated=False)
+        due = self._when.due_at_step(step)
         if self._when.seconds:
             due = self._time_is_up(trainer, step) or due
-        return due and step > 0 and (step, self._epoch) != self._considered
+        return due and (step, self._epoch) != self._considered
 
     def _time_is_up(self, trainer: Trainer, step: int) -> bool:
         """Rank 0's clock, asked by all ranks at the same steps."""
-        if step == self._clock_step or step % max(trainer.log_every_n_steps, 1):
+        if step == self._clock_step or step % trainer.log_every_n_steps:
             return False
         self._clock_step = step
         up = time.monotonic() - self._clock >= self._when.seconds

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - hooks are called with all arguments
 """Stopping when a metric no longer improves."""
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from drivetrain.trainer import Trainer
 
 _log = logging.getLogger("drivetrain")
+_STEP = Moment.STEP  # looked up once: it is compared after every window
 
 
 class EarlyStopping(Callback):
@@ -117,6 +117,8 @@ class EarlyStopping(Callback):
         Raises:
             ConfigurationError: Nobody logs the metric, and ``strict`` is set.
         """
+        if moment is _STEP:
+            return
         asked = self.check_on_train_epoch_end
         if moment is Moment.VALIDATION:
             self._watch.validation_ends(trainer)
@@ -143,7 +145,7 @@ class EarlyStopping(Callback):
             self.stopped_epoch = self._epoch
             trainer.should_stop = True
             if trainer.is_global_zero:
-                _log.warning("Stopping in epoch %d: %s", self._epoch, reason)
+                _log.warning("Stopping: %s", reason)
 
     def _without_value(self, trainer: Trainer) -> None:
         if self._watch.may_still_come(trainer):

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - hooks are called with all arguments
 """Logging learning rates."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - hooks are called with all arguments
 """Showing how far a run has come."""
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 _NEVER = math.inf
 _SMOOTHING = 0.3
+_STEP = Moment.STEP
 
 
 class Pace:
@@ -159,7 +159,7 @@ class ProgressBar(Callback):
         """
         if monotonic() < self._due:
             return
-        if moment is Moment.STEP and self._training is not None:
+        if moment is _STEP and self._training is not None:
             self._draw(self._training, trainer.batch_idx, trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: Module) -> None:
@@ -179,7 +179,7 @@ class ProgressBar(Callback):
         what = "sanity check" if trainer.sanity_checking else "validation"
         inside = self._training is not None and not trainer.sanity_checking
         title = f"{self._training.title} {what}" if inside and self._training else what
-        self._open_evaluation(title, trainer, "num_val_batches")
+        self._open_evaluation(title, trainer.num_val_batches)
 
     def on_validation_batch_end(
         self,
@@ -199,7 +199,7 @@ class ProgressBar(Callback):
 
     def on_test_start(self, trainer: Trainer, module: Module) -> None:
         """Begin at zero."""
-        self._open_evaluation("test", trainer, "num_test_batches")
+        self._open_evaluation("test", trainer.num_test_batches)
 
     def on_test_batch_end(
         self,
@@ -219,7 +219,7 @@ class ProgressBar(Callback):
 
     def on_predict_start(self, trainer: Trainer, module: Module) -> None:
         """Begin at zero."""
-        self._open_evaluation("predict", trainer, "num_predict_batches")
+        self._open_evaluation("predict", trainer.num_predict_batches)
 
     def on_predict_batch_end(
         self,
@@ -237,10 +237,9 @@ class ProgressBar(Callback):
         """One line that stays."""
         self._close_evaluation(trainer, keep=True)
 
-    def _open_evaluation(self, title: str, trainer: Trainer, counts: str) -> None:
+    def _open_evaluation(self, title: str, batches: Sequence[float]) -> None:
         if self._display is None:
             return
-        batches: Sequence[float] = getattr(trainer, counts, ())
         self._evaluation_began = monotonic()
         self._evaluating = Pace(title, sum(batches) if batches else math.inf)
         self._evaluated = 0

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - hooks are called with all arguments
 """A time budget for training."""
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("drivetrain")
 _INTERVALS = ("epoch", "step")
+_STEP = Moment.STEP  # looked up once: it is compared after every window
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+):(\d+)")
 
 
@@ -115,7 +115,7 @@ class Timer(Callback):
 
     def on_save_opportunity(self, trainer: Trainer, module: Module, moment: Moment) -> None:
         """Ask the clock, at a log point or the end of an epoch. Every rank is here."""
-        if moment is Moment.STEP:
+        if moment is _STEP:
             step = trainer.global_step
             if self._finishes_epochs or step % trainer.log_every_n_steps or step == self._asked:
                 return

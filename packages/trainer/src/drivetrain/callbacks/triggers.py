@@ -32,6 +32,10 @@ class When:
         """Whether anything can become due between two epochs."""
         return self.steps > 0 or self.seconds > 0
 
+    def due_at_step(self, step: int) -> bool:
+        """Whether a checkpoint is due after a window, leaving the clock aside."""
+        return self.steps > 0 and step > 0 and step % self.steps == 0
+
     def due(self, moment: Moment, step: int, epoch: int, *, validated: bool) -> bool:
         """Whether a checkpoint is due at a moment, leaving the clock aside.
 
@@ -42,7 +46,7 @@ class When:
             validated: Whether a validation has ended in this epoch.
         """
         if moment is Moment.STEP:
-            return self.steps > 0 and step > 0 and step % self.steps == 0
+            return self.due_at_step(step)
         if moment is Moment.INTERRUPTED:
             return self.at_interrupt
         if moment is Moment.END:

@@ -54,7 +54,7 @@ class AsItIs:
 
     strategy: Strategy
 
-    def __call__(self, context: StrategyContext) -> Strategy:  # noqa: ARG002 - it has its own
+    def __call__(self, context: StrategyContext) -> Strategy:
         """The user's strategy."""
         return self.strategy
 

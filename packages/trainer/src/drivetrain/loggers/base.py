@@ -17,7 +17,7 @@ class Logger:
         return type(self).__name__
 
     def prepare(self) -> None:
-        """Make sure that it can write. Called on rank 0 before training; raises ``StorageError``."""
+        """Make sure that it can write. On rank 0 before training; raises ``StorageError``."""
 
     def log_hyperparams(self, values: Mapping[str, Any]) -> None:
         """Record hyperparameters of the run."""

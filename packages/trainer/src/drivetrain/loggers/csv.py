@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - methods are called with all arguments
 """Metrics in a CSV file: one row per step, one column per metric."""
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class CSVLogger(FileLogger):
         super().__init__(save_dir, name, version)
         self._limit = max(flush_every_n_rows, 1)
         self._patience = flush_after_seconds
-        self._rows: list[dict[str, float]] = []
+        self._rows: list[dict[str, Any]] = []
         self._columns: list[str] = []
         self._hyperparameters: dict[str, Any] | None = None
         self._keep_until = math.inf
@@ -136,10 +135,15 @@ class CSVLogger(FileLogger):
             self._columns = []
         else:
             self._columns, old = _read(self.path)
-            self._rewrite([row for row in old if float(row[STEP]) <= self._keep_until])
+            old = [row for row in old if float(row[STEP]) <= self._keep_until]
+            if old and self._fitting and self._rows and float(old[-1][STEP]) == self._rows[0][STEP]:
+                # What an interrupted epoch still owed at its last step joins the row of that step.
+                known = {name: text for name, text in old.pop().items() if text}
+                self._rows[0] = {**known, **self._rows[0]}
+            self._rewrite(old)
         self._started = True
 
-    def _write(self, rows: list[dict[str, float]]) -> None:
+    def _write(self, rows: list[dict[str, Any]]) -> None:
         known = set(self._columns)
         new = list(dict.fromkeys(key for row in rows for key in row if key not in known))
         if new:

@@ -1,4 +1,3 @@
-# ruff: noqa: ARG002 - methods are called with all arguments
 """Metrics in TensorBoard's event files. The package is imported when the first event is written."""
 
 from __future__ import annotations
@@ -57,7 +56,8 @@ class TensorBoardLogger(FileLogger):
     @property
     def log_dir(self) -> str:
         """Where files go."""
-        return os.path.join(self._save_dir or os.getcwd(), self._name, self._version or "")
+        base = os.path.join(self._save_dir or os.getcwd(), self._name)
+        return os.path.join(base, self._version) if self._version else base
 
     @property
     def experiment(self) -> SummaryWriter:
