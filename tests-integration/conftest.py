@@ -65,8 +65,9 @@ class Running:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._queue.put(line.rstrip("\n"))
+        with self.process.stdout as lines:
+            for line in lines:
+                self._queue.put(line.rstrip("\n"))
         self._queue.put(None)
 
     @property
@@ -133,6 +134,7 @@ class Running:
             except ProcessLookupError:
                 continue
         self.process.wait()
+        self._reader.join(5.0)
 
 
 def _session(leader: int) -> list[int]:

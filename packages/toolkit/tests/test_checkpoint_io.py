@@ -1,4 +1,4 @@
-"""Checkpoints on the disk. Rules K1 to K8 of docs/contracts/checkpoint.md."""
+"""Checkpoints on the disk. Rules K1 to K10 of docs/contracts/checkpoint.md."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -24,6 +23,9 @@ from torch import nn
 
 from drivetrain_toolkit import durable
 from drivetrain_toolkit.checkpoint import MANIFEST, STATE, TENSORS, DirectoryCheckpointIO, Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FILES = (MANIFEST, STATE, TENSORS)
 DTYPES = [

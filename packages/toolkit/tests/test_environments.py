@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from types import MappingProxyType
 
 import pytest
@@ -189,8 +190,6 @@ def test_reading_changes_nothing(environment: ClusterEnvironment) -> None:
     for env in ({}, LAUNCHED, ELASTIC, {"RANK": "x"}):
         before = dict(env)
         environment.detect(env)
-        try:
+        with suppress(DrivetrainError):
             environment.world(env)
-        except DrivetrainError:
-            pass
         assert env == before

@@ -1,4 +1,4 @@
-"""Failing, stopping and dying ranks. Rules N6 to N14 of docs/contracts/launcher.md.
+"""Failing, stopping and dying ranks. Rules N6 to N12 of docs/contracts/launcher.md.
 
 Every run is a script in a process of its own, without torch, so that it takes parts of a second.
 After each one, no process that it started and no file that it made may be left. Most wait less long
@@ -15,9 +15,9 @@ import sys
 import textwrap
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from drivetrain_interfaces.cluster import World
@@ -36,6 +36,9 @@ from drivetrain_toolkit.failures import (
     process_failed,
     reported,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 LAUNCHERS = ("script", "spawn", "fork")
 ALL_END_WITHIN = 10.0

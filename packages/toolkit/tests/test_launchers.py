@@ -1,4 +1,4 @@
-"""Plans, places and results of launchers. Rules N1 to N5 of docs/contracts/launcher.md."""
+"""Plans, places and results of launchers. Rules N1 to N5 and N13 of docs/contracts/launcher.md."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -21,6 +19,10 @@ from drivetrain_toolkit import launchers
 from drivetrain_toolkit.environments import LOCAL
 from drivetrain_toolkit.launchers import plans, scripts
 from drivetrain_toolkit.processes import PortReservation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 OURS = (*PLACE, "MASTER_ADDR", "MASTER_PORT", "DRIVETRAIN_LAUNCHED", "DRIVETRAIN_CLUSTER")
@@ -280,13 +282,14 @@ def test_spawn_refuses_what_was_defined_at_a_prompt(
     run: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:
     code = """
+import functools
 from drivetrain_interfaces.launcher import LaunchRequest
 from drivetrain_toolkit import launchers
 class Net: pass
 def main(world, net=Net()): pass
+launcher = launchers.spawn()
 try:
-    import functools
-    launchers.spawn().launch(functools.partial(main, net=Net()), launchers.spawn().plan(LaunchRequest(2)))
+    launcher.launch(functools.partial(main, net=Net()), launcher.plan(LaunchRequest(2)))
 except Exception as error:
     print(error)
 """

@@ -100,11 +100,11 @@ def test_what_is_owed_at_the_resumed_step_joins_its_row(tmp_path):
 
 def test_a_row_that_was_cut_off_by_a_kill_is_dropped(tmp_path):
     logger = CSVLogger(tmp_path)
-    fit(logger, *loss(1, 2))
+    fit(logger, *loss(11, 12))
     with open(logger.path, "a", encoding="utf-8") as file:
-        file.write("3,3")
-    fit(CSVLogger(tmp_path), *loss(3), resumed=5)
-    assert [row["loss"] for row in rows(logger.path)] == ["1.0", "2.0", "3.0"]
+        file.write("1")  # the beginning of "13,13.0"
+    fit(CSVLogger(tmp_path), *loss(13), resumed=12)
+    assert [row["step"] for row in rows(logger.path)] == ["11", "12", "13"]
 
 
 def test_a_new_fit_puts_earlier_files_aside(tmp_path):

@@ -280,6 +280,11 @@ def test_save_last_does_not_give_its_own_name_to_a_checkpoint(trainer):
     assert os.readlink(link) == "last-v1.ckpt"
 
 
+def test_without_save_last_the_name_last_is_like_any_other(trainer):
+    trainer.start(ModelCheckpoint(filename="last")).train(2).end()
+    assert files(trainer) == ["last.ckpt"]
+
+
 def test_steps_and_weights_only(trainer):
     callback = ModelCheckpoint(every_n_train_steps=3, save_top_k=-1, save_weights_only=True)
     trainer.start(callback).train(2).end()
@@ -365,6 +370,14 @@ def test_a_training_metric_is_scored_at_once(trainer):
     assert [name for name, _ in trainer.saved] == ["step=2.ckpt"]
 
 
+def test_a_metric_that_training_logs_too_is_scored_at_once(trainer):
+    callback = ModelCheckpoint(monitor="loss", every_n_train_steps=3, filename="{step}")
+    trainer.num_val_batches = [1]
+    trainer.callback_metrics["loss"] = 3.0
+    trainer.start(callback).train(2, validation=lambda epoch: {"loss": 2.0 - epoch})
+    assert [name for name, _ in trainer.saved] == ["step=3.ckpt", "step=6.ckpt"]
+
+
 def test_an_epoch_metric_is_waited_for_until_the_end_of_the_epoch(trainer):
     callback = ModelCheckpoint(monitor="train_loss", filename="{epoch}")
     trainer.num_val_batches = [1]
@@ -429,6 +442,16 @@ def test_an_interrupt_saves_nothing_when_it_is_switched_off_or_already_saved(tra
     assert len(trainer.saved) == 1
     trainer.start(ModelCheckpoint()).train(1).end(Moment.INTERRUPTED)
     assert len(trainer.saved) == 2
+
+
+@pytest.mark.parametrize("moment", [Moment.END, Moment.INTERRUPTED])
+def test_a_resumed_run_that_makes_no_step_saves_nothing(trainer, make_trainer, moment):
+    first = ModelCheckpoint()
+    trainer.start(first).train(1)
+    resumed = make_trainer(current_epoch=1, global_step=4)
+    resumed.start(ModelCheckpoint()).restore(first.last_model_path)
+    resumed.train(0).end(moment)
+    assert resumed.saved == []
 
 
 def test_top_zero_writes_nothing(trainer):

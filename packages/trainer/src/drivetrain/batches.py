@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from drivetrain_interfaces import DataError
 
 
 def size_of(batch: Any) -> int:
-    """The number of samples: the first dimension of the first tensor that has one.
+    """The number of samples: the first dimension of the first tensor or array that has one.
 
     Raises:
-        DataError: There is no such tensor.
+        DataError: There is no such tensor, and no list whose length could be meant.
     """
     found = _first_size(batch)
     if found is None:
@@ -26,17 +25,19 @@ def size_of(batch: Any) -> int:
 
 
 def _first_size(part: Any) -> int | None:
-    if isinstance(part, torch.Tensor):
-        return part.shape[0] if part.dim() else None
+    shape = getattr(part, "shape", None)
+    if isinstance(shape, tuple):
+        return int(shape[0]) if shape else None
+    items: Sequence[Any] = ()
     if isinstance(part, Mapping):
-        part = list(part.values())
+        items = list(part.values())
     elif hasattr(part, "__dataclass_fields__"):
-        part = [getattr(part, name) for name in part.__dataclass_fields__]
-    elif isinstance(part, str) or not isinstance(part, Sequence):
-        return None
-    for item in part:
+        items = [getattr(part, name) for name in part.__dataclass_fields__]
+    elif isinstance(part, Sequence) and not isinstance(part, (str, bytes)):
+        items = part
+    for item in items:
         size = _first_size(item)
         if size is not None:
             return size
-    # A list of strings or numbers is a batch of as many samples.
-    return len(part) if part else None
+    # A list of strings or numbers is a batch of as many samples; fields of a record are not.
+    return len(items) if items and items is part else None

@@ -11,6 +11,7 @@ from drivetrain_interfaces import ConfigurationError, DataError
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
@@ -68,8 +69,10 @@ class Feed:
             )
             dealt: Iterator[Any] = iter(self._loader)
             return dealt
-        for name in ("sampler", "batch_sampler"):
-            set_epoch = getattr(getattr(self._loader, name, None), "set_epoch", None)
+        batcher = getattr(self._loader, "batch_sampler", None)
+        sampler = getattr(self._loader, "sampler", None)
+        for each in (sampler, batcher, getattr(batcher, "sampler", None)):
+            set_epoch = getattr(each, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(epoch)
         batches: Iterator[Any] = iter(self._loader)
@@ -128,15 +131,17 @@ def feed_of(
         return Feed(loader, dealt=None, seed=seed, notice=notice)
     if not distribute and world.size > 1:
         world = type(world)()
-    order, notice = _order_of(loader, name, world)
+    # What the user gave as batch_sampler counts; the loader's own sampler is then only a default.
+    batcher: Any = loader.batch_sampler
+    order, notice = _order_of(loader, batcher.sampler, name, world)
     dealt = DealtBatches(
         order,
-        len(loader.sampler),  # type: ignore[arg-type]  # _is_ours_to_deal has checked for a length
-        loader.batch_size or 1,
+        len(batcher.sampler),
+        batcher.batch_size,
         seed=seed,
         rank=world.rank,
         world=world.size,
-        drop_last=loader.drop_last,
+        drop_last=batcher.drop_last,
         even=training,
     )
     # A copy by attributes: a subclass of DataLoader may have a constructor of its own.
@@ -147,7 +152,7 @@ def feed_of(
     if training and not feed.length:
         raise DataError(
             f"The {name} gives no batch to each of {world.size} ranks: it holds "
-            f"{len(loader.sampler)} samples, and one step takes {dealt.round_size}.",  # type: ignore[arg-type]
+            f"{len(batcher.sampler)} samples, and one step takes {dealt.round_size}.",
             "Use a smaller batch size, fewer processes, or drop_last=False.",
         )
     return feed
@@ -174,7 +179,7 @@ def limited(length: int | None, limit: float | None, name: str) -> int | None:
         limit: A whole number of batches, a fraction from 0.0 to 1.0, or None for all.
         name: The Trainer's argument, for messages.
     """
-    if limit is None:
+    if limit is None or (isinstance(limit, float) and limit == 1.0):
         return length
     if isinstance(limit, int):
         return limit if length is None else min(limit, length)
@@ -200,18 +205,19 @@ def _length(loader: Any) -> int | None:
 
 
 def _is_ours_to_deal(loader: DataLoader[Any]) -> bool:
+    sampler = getattr(loader.batch_sampler, "sampler", None)
     return (
         not isinstance(loader.dataset, IterableDataset)
         and type(loader.batch_sampler) is BatchSampler
-        and hasattr(loader.sampler, "__len__")
+        and hasattr(sampler, "__len__")
+        and not isinstance(sampler, DistributedSampler)  # it has dealt already
         and not callable(getattr(loader, "state_dict", None))
     )
 
 
 def _order_of(
-    loader: DataLoader[Any], name: str, world: World
+    loader: DataLoader[Any], sampler: Any, name: str, world: World
 ) -> tuple[Callable[[int, int], list[int]], str]:
-    sampler = loader.sampler
     size = len(loader.dataset)  # type: ignore[arg-type]  # a map-style data set has a length
     if type(sampler) is SequentialSampler:
         return in_sequence(size), ""

@@ -109,7 +109,7 @@ def fit(run: FitRun) -> None:
     run.hooks.call("on_train_start")
     while not run.finished:
         _epoch(run)
-    run.losses.check(run.progress.epoch, run.windows)
+    run.losses.check(run.progress.epoch, run.progress.global_step)
     # Before on_train_end, so that the file holds exactly the state that training ended with.
     _offer_save(run, Moment.INTERRUPTED if run.stopped else Moment.END)
     run.hooks.call("on_train_end")
@@ -227,7 +227,7 @@ def _reached_end(run: FitRun) -> bool:
 
 def log_point(run: FitRun, result: StepResult | None) -> None:
     """Read back what was logged, check the losses, and hand values to whoever wants them."""
-    run.losses.check(run.progress.epoch, run.windows)
+    run.losses.check(run.progress.epoch, run.progress.global_step)
     logged = run.metrics.step_values()
     if result is not None and result.grad_norm is not None:
         logged.everything["grad_norm"] = logged.logger["grad_norm"] = float(result.grad_norm)
@@ -235,7 +235,7 @@ def log_point(run: FitRun, result: StepResult | None) -> None:
 
 
 def _end_epoch(run: FitRun) -> None:
-    run.losses.check(run.progress.epoch, run.windows)
+    run.losses.check(run.progress.epoch, run.progress.global_step)
     metrics = run.metrics
     run.trainer.publish(metrics.epoch_values())
     metrics.between_batches = True

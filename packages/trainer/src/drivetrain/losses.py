@@ -28,12 +28,12 @@ class LossWatch:
         if policy != "ignore":
             self.add = self._pending.append
 
-    def check(self, epoch: int, windows: int) -> None:
+    def check(self, epoch: int, steps: int) -> None:
         """Look at what was added since the last call.
 
         Args:
             epoch: The current epoch, for the message.
-            windows: Windows of this run that are done; the newest loss is that of the last one.
+            steps: Optimizer steps that were applied; the newest loss is that of the last one.
 
         Raises:
             NonFiniteLossError: A loss is not finite and the policy is ``"raise"``.
@@ -47,9 +47,9 @@ class LossWatch:
         if bool(finite.all()):
             return
         first = int((~finite).nonzero()[0])
-        window = windows - count + first
+        step = steps - count + first
         error = NonFiniteLossError(
-            f"The loss became {float(losses[first])} at step {window} (epoch {epoch}).",
+            f"The loss became {float(losses[first])} at step {step} (epoch {epoch}).",
             "Lower the learning rate, clip gradients, or set nan_loss='warn' to go on.",
         )
         if self._policy == "raise":

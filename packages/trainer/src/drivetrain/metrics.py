@@ -62,6 +62,7 @@ class _Slot:
     """One name: its options, the newest value, and what an epoch has added up."""
 
     __slots__ = (
+        "adopted",
         "asked",
         "fresh",
         "last",
@@ -83,6 +84,8 @@ class _Slot:
         self.on_step = on_step
         self.on_epoch = on_epoch
         self.reduction = _reduction(asked.reduce_fx, name)
+        #: Whether another rank or a checkpoint named it; the first call here settles the options.
+        self.adopted = False
         self.last: Any = None
         self.fresh = False
         self.pending = False
@@ -95,14 +98,26 @@ class _Slot:
         self.partials: list[Any] = []
         self.weight = 0.0
 
+    def continue_from(self, other: _Slot) -> None:
+        """Go on with what ``other`` has added up, if it means the same."""
+        if self.on_epoch and self.reduction == other.reduction:
+            self.values, self.weights = other.values, other.weights
+            self.partials, self.weight = other.partials, other.weight
+
     def fold(self) -> None:
         """Add up pending values on their device; no host synchronization."""
         if not self.values:
             return
-        if all(not isinstance(value, torch.Tensor) for value in self.values):
-            self.partials.append(_fold_host(self.values, self.weights, self.reduction))
-        else:
-            self.partials.append(_fold_device(self.values, self.weights, self.reduction))
+        on_host = all(not isinstance(value, torch.Tensor) for value in self.values)
+        fold = _fold_host if on_host else _fold_device
+        try:
+            self.partials.append(fold(self.values, self.weights, self.reduction))
+        except (TypeError, ValueError, RuntimeError) as error:
+            # Only the first value is looked at when it is logged, as that would cost every step.
+            wrong = [value for value in self.values if not _is_single(value)]
+            if not wrong:
+                raise
+            raise _unusable(self.name, wrong[0]) from error
         self.weight += sum(self.weights)
         self.values, self.weights = [], []
 
@@ -144,12 +159,14 @@ class Metrics:
         slot = self._slots.get(name + self.suffix if self.suffix else name)
         if slot is None or slot.asked != asked:
             slot = self._open(name + self.suffix, value, asked)
-        if isinstance(value, torch.Tensor):
-            value = value.detach()
-        elif slot.metric is not None:
+        if slot.metric is not None:
+            if not _has_compute(value):
+                raise _unusable(slot.name, value, "an object with compute() and reset(), as before")
             slot.metric = value
             slot.fresh = slot.pending = True
             return
+        if isinstance(value, torch.Tensor):
+            value = value.detach()
         slot.last = value
         slot.fresh = True
         if slot.on_epoch:
@@ -167,26 +184,21 @@ class Metrics:
         return self._size
 
     def _open(self, name: str, value: Any, asked: Options) -> _Slot:
-        if name in self._slots:
+        known = self._slots.get(name)
+        if known is not None and not known.adopted:
             raise UserCodeError(
-                f"log({name!r}) was called with {asked} after {self._slots[name].asked}.",
+                f"log({name!r}) was called with {asked} after {known.asked}.",
                 "Log one name with the same options everywhere in a phase.",
             )
-        has_compute = hasattr(value, "compute") and hasattr(value, "reset")
-        single = (isinstance(value, torch.Tensor) and value.numel() == 1) or isinstance(
-            value, (int, float)
-        )
-        if not (has_compute or single):
-            shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
-            raise UserCodeError(
-                f"log({name!r}) was called with a {type(value).__name__}{shape}.",
-                "Log a number or a tensor of one element, such as value.mean().",
-            )
+        if not (_has_compute(value) or _is_single(value)):
+            raise _unusable(name, value)
         step_by_default = self._training and not self.between_batches
         on_step = step_by_default if asked.on_step is None else asked.on_step
         on_epoch = not step_by_default if asked.on_epoch is None else asked.on_epoch
         slot = _Slot(name, asked, on_step=on_step, on_epoch=on_epoch)
-        slot.metric = value if has_compute else None
+        slot.metric = value if _has_compute(value) else None
+        if known is not None:
+            slot.continue_from(known)
         self._slots[name] = slot
         return slot
 
@@ -196,7 +208,7 @@ class Metrics:
         logged = Logged()
         synced = [slot for slot in slots if slot.asked.sync_dist]
         values = dict(zip(slots, _to_host([_newest(slot) for slot in slots]), strict=True))
-        if self._world.size > 1 and synced:
+        if self._world.size > 1 and self._syncs_steps():
             rows = [
                 _Row(slot.name, slot.reduction, values[slot], 1.0, slot.on_step, slot.asked[:2])
                 for slot in synced
@@ -209,21 +221,23 @@ class Metrics:
             _sort_in(logged, slot, name, value)
         return logged
 
+    def _syncs_steps(self) -> bool:
+        """Whether ranks exchange step values; also if this one has nothing new to tell."""
+        return any(slot.on_step and slot.asked.sync_dist for slot in self._slots.values())
+
     def epoch_values(self) -> Logged:
         """What the epoch has added up, reduced over ranks; empties it."""
         logged = Logged()
         slots = [slot for slot in self._slots.values() if slot.on_epoch]
         for slot in slots:
             if slot.metric is not None and slot.pending:
-                _sort_in(logged, slot, slot.name, float(slot.metric.compute()))
+                _sort_in_epoch(logged, slot, float(slot.metric.compute()))
                 slot.metric.reset()
                 slot.pending = False
         rows = self._rows()
         for row, value in zip(rows, self._epoch_over_ranks(rows), strict=True):
             slot = self._slots[row.name]
-            public = f"{row.name}_epoch" if slot.on_step else row.name
-            _sort_in(logged, slot, public, value)
-            logged.everything[row.name] = value
+            _sort_in_epoch(logged, slot, value)
             slot.clear()
         return logged
 
@@ -242,11 +256,13 @@ class Metrics:
         local = {name for name, slot in self._slots.items() if slot.asked.sync_dist is False}
         shared = [row for row in rows if row.name not in local]
         reduced = dict(zip((row.name for row in shared), self._over_ranks(shared), strict=True))
-        rows.extend(row for row in shared if row not in rows)
+        for row in [row for row in shared if row not in rows]:
+            self._adopt(row)
+            rows.append(row)
         return [reduced[row.name] if row.name in reduced else own[n] for n, row in enumerate(rows)]
 
     def _over_ranks(self, rows: list[_Row]) -> list[float]:
-        """Reduce rows over all ranks in one collective; adopts names that only others logged."""
+        """Reduce rows over all ranks in one collective; ``rows`` gains what only others logged."""
         key = zlib.crc32("\n".join(f"{row.name}={row.reduction}" for row in rows).encode())
         flat = [number for row in rows for number in (row.total, row.weight)]
         gathered = gather_numbers(key, flat, self._collectives, self._world, self._device)
@@ -267,13 +283,19 @@ class Metrics:
             if row.name not in known:
                 known.add(row.name)
                 rows.append(row._replace(total=0.0, weight=0.0))
-                asked = Options(row.shown[0], row.shown[1], reduce_fx=row.reduction)
-                self._slots[row.name] = _Slot(row.name, asked, on_step=row.on_step, on_epoch=True)
         present = [[table[row.name] for table in tables if row.name in table] for row in rows]
         return [
             _finish(row.reduction, [r.total for r in theirs], [r.weight for r in theirs])
             for row, theirs in zip(rows, present, strict=True)
         ]
+
+    def _adopt(self, row: _Row) -> None:
+        """Know a name that only other ranks have logged so far."""
+        if row.name not in self._slots:
+            asked = Options(row.shown[0], row.shown[1], reduce_fx=row.reduction)
+            slot = _Slot(row.name, asked, on_step=row.on_step, on_epoch=True)
+            slot.adopted = True
+            self._slots[row.name] = slot
 
     def state_dict(self) -> dict[str, Any]:
         """What an unfinished epoch has added up on this rank, as JSON values."""
@@ -297,6 +319,7 @@ class Metrics:
         for name, saved in state.items():
             asked = Options(*saved["asked"])
             slot = _Slot(name, asked, on_step=saved["on_step"], on_epoch=True)
+            slot.adopted = True
             slot.partials = list(saved["partials"])
             slot.weight = saved["weight"]
             slot.weights = list(saved["weights"])
@@ -318,7 +341,30 @@ def _reduction(asked: Any, name: str) -> str:
 
 
 def _newest(slot: _Slot) -> Any:
-    return slot.metric.compute() if slot.metric is not None else slot.last
+    if slot.metric is not None:
+        return slot.metric.compute()
+    if not _is_single(slot.last):
+        raise _unusable(slot.name, slot.last)
+    return slot.last
+
+
+def _has_compute(value: Any) -> bool:
+    return hasattr(value, "compute") and hasattr(value, "reset")
+
+
+def _is_single(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.numel() == 1
+    return isinstance(value, (int, float))
+
+
+def _unusable(
+    name: str, value: Any, wanted: str = "a number or a tensor of one element, such as value.mean()"
+) -> UserCodeError:
+    shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
+    return UserCodeError(
+        f"log({name!r}) was called with a {type(value).__name__}{shape}.", f"Log {wanted}."
+    )
 
 
 def _fold_host(values: list[Any], weights: list[float], reduction: str) -> float:
@@ -356,6 +402,11 @@ def _finish(reduction: str, totals: Sequence[float], weights: Sequence[float]) -
         weight = math.fsum(weights)
         return math.fsum(totals) / weight if weight else math.nan
     return {"min": min, "max": max}.get(reduction, math.fsum)(totals)
+
+
+def _sort_in_epoch(logged: Logged, slot: _Slot, value: float) -> None:
+    _sort_in(logged, slot, f"{slot.name}_epoch" if slot.on_step else slot.name, value)
+    logged.everything[slot.name] = value
 
 
 def _sort_in(logged: Logged, slot: _Slot, name: str, value: float) -> None:

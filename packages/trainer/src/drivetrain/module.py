@@ -13,6 +13,7 @@ from drivetrain.metrics import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
+    from types import FrameType
 
     from drivetrain_interfaces import CheckpointIO
     from typing_extensions import Self
@@ -340,15 +341,13 @@ class Module(nn.Module):
             ignore: Arguments to leave out, such as other modules.
         """
         frame = inspect.currentframe()
-        caller = frame.f_back if frame else None
-        arguments = dict(caller.f_locals) if caller else {}
-        taken = inspect.signature(type(self).__init__).parameters
-        wanted = set(names) or set(taken) - {"self"}
+        arguments = _init_arguments(self, frame.f_back if frame else None)
+        left_out = set(ignore)
         self.hparams.update(
             {
-                name: arguments[name]
-                for name in taken
-                if name in wanted and name not in set(ignore) and name in arguments
+                name: value
+                for name, value in arguments.items()
+                if name not in left_out and (not names or name in names)
             }
         )
 
@@ -372,9 +371,31 @@ class Module(nn.Module):
         from drivetrain.snapshot import read_checkpoint
 
         tree = read_checkpoint(path, checkpoint_io)
-        module = cls(**{**tree.get("hyper_parameters", {}), **init})
+        module = cls(**{**_accepted(cls, tree.get("hyper_parameters", {})), **init})
         module.load_state_dict(tree["module"], strict=strict)
         return module
+
+
+def _init_arguments(module: Module, frame: FrameType | None) -> dict[str, Any]:
+    """The arguments of every ``__init__`` that is running for ``module``, subclasses' last."""
+    found: dict[str, Any] = {}
+    while frame is not None and frame.f_code.co_name == "__init__":
+        own = inspect.getargvalues(frame)
+        if not own.args or own.locals.get(own.args[0]) is not module:
+            break
+        found.update({name: own.locals[name] for name in own.args[1:] if name in own.locals})
+        if own.keywords:
+            found.update(own.locals.get(own.keywords, {}))
+        frame = frame.f_back
+    return found
+
+
+def _accepted(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that ``cls`` takes: a base class may have recorded what a subclass decides itself."""
+    taken = inspect.signature(cls).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in taken}
 
 
 class FunctionalModule(Module):

@@ -14,6 +14,7 @@ _SHAPES = (
     "an optimizer, a list of optimizers, a pair of lists (optimizers, schedulers), or a dictionary "
     "with 'optimizer' and 'lr_scheduler'"
 )
+_OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
 _KEYS = {"scheduler", "interval", "frequency", "monitor", "name", "strict"}
 
 
@@ -61,6 +62,7 @@ def configured(returned: Any, owner: str) -> tuple[list[torch.optim.Optimizer], 
         if isinstance(item, torch.optim.Optimizer):
             optimizers.append(item)
         elif isinstance(item, Mapping) and isinstance(item.get("optimizer"), torch.optim.Optimizer):
+            _refuse_other_keys(item, owner)
             optimizers.append(item["optimizer"])
             if item.get("lr_scheduler") is not None:
                 schedulers.append(_scheduled(item["lr_scheduler"], owner))
@@ -98,6 +100,16 @@ def _items(returned: Any) -> list[Any]:
     return list(returned)
 
 
+def _refuse_other_keys(item: Mapping[str, Any], owner: str) -> None:
+    if not set(item) <= _OPTIMIZER_KEYS:
+        raise UserCodeError(
+            f"{owner}.configure_optimizers returned an optimizer with the keys "
+            f"{sorted(map(str, item))}.",
+            "Give 'optimizer' and 'lr_scheduler'; all that belongs to a scheduler, such as "
+            "'monitor', goes into a dictionary under 'lr_scheduler'.",
+        )
+
+
 def _scheduled(value: Any, owner: str) -> Scheduled:
     if not isinstance(value, Mapping):
         value = {"scheduler": value}
@@ -109,7 +121,14 @@ def _scheduled(value: Any, owner: str) -> Scheduled:
             f"Give 'scheduler' and any of {sorted(_KEYS - {'scheduler'})}.",
         )
     made = Scheduled(**{key: item for key, item in value.items() if key != "strict"})
-    if made.interval not in {"step", "epoch"} or made.frequency < 1:
+    if not callable(getattr(made.scheduler, "step", None)):
+        raise UserCodeError(
+            f"{owner}.configure_optimizers returned a {type(made.scheduler).__name__} where a "
+            "scheduler belongs.",
+            "Return one scheduler for each optimizer, or a dictionary with 'scheduler'.",
+        )
+    counts = isinstance(made.frequency, int) and made.frequency >= 1
+    if made.interval not in {"step", "epoch"} or not counts:
         raise UserCodeError(
             f"{owner}.configure_optimizers returned a scheduler with interval={made.interval!r} "
             f"and frequency={made.frequency!r}.",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -44,22 +45,30 @@ def in_sequence(size: int) -> Callable[[int, int], list[int]]:
 
 
 def drawn_by(sampler: Any) -> Callable[[int, int], list[int]]:
-    """The order function of a user's sampler: what it draws when seeded for the epoch."""
+    """The order function of a user's sampler: what it draws when seeded for the epoch.
+
+    All generators of the host are as they were afterwards; those of devices are never touched.
+    """
 
     def order(seed: int, epoch: int) -> list[int]:
-        own = getattr(sampler, "generator", None)
-        if isinstance(own, torch.Generator):
-            own.manual_seed(epoch_seed(seed, epoch))
+        drawn = epoch_seed(seed, epoch)
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)
-        before, before_python = torch.get_rng_state(), random.getstate()
+        own = getattr(sampler, "generator", None)
+        generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
+        states = [generator.get_state() for generator in generators]
+        python, numpy = random.getstate(), np.random.get_state()
         try:
-            torch.manual_seed(epoch_seed(seed, epoch))
-            random.seed(epoch_seed(seed, epoch))
+            for generator in generators:
+                generator.manual_seed(drawn)
+            random.seed(drawn)
+            np.random.seed(drawn % 2**32)
             return list(sampler)
         finally:
-            torch.set_rng_state(before)
-            random.setstate(before_python)
+            for generator, state in zip(generators, states, strict=True):
+                generator.set_state(state)
+            random.setstate(python)
+            np.random.set_state(numpy)
 
     return order
 

@@ -70,12 +70,19 @@ class Settings:
                 )
         for name in ("train", "val", "test", "predict"):
             _check_limit(f"limit_{name}_batches", getattr(self, f"limit_{name}_batches"), problems)
-        _check_limit("val_check_interval", self.val_check_interval, problems)
-        if self.val_check_interval is not None and self.val_check_interval <= 0:
+        interval = self.val_check_interval
+        if interval is not None and not (_is_limit(interval) and interval > 0):
             problems.append(
                 (
-                    f"val_check_interval={self.val_check_interval!r} was asked for.",
+                    f"val_check_interval={interval!r} was asked for.",
                     "Give a positive number of batches or a fraction of an epoch.",
+                )
+            )
+        if not isinstance(self.fast_dev_run, int) or self.fast_dev_run < 0:
+            problems.append(
+                (
+                    f"fast_dev_run={self.fast_dev_run!r} was asked for.",
+                    "Give True, False or a number of batches.",
                 )
             )
 
@@ -91,7 +98,7 @@ class Settings:
                     f"Use one of {_CLIP_ALGORITHMS}.",
                 )
             )
-        if self.gradient_clip_val is not None and not self.gradient_clip_val > 0:
+        if self.gradient_clip_val is not None and not _is_positive(self.gradient_clip_val):
             problems.append(
                 (
                     f"gradient_clip_val={self.gradient_clip_val!r} was asked for.",
@@ -155,7 +162,7 @@ def seconds_of(value: Any) -> float | None:
         if isinstance(value, dict):
             return timedelta(**value).total_seconds()
         days, hours, minutes, seconds = (int(part) for part in str(value).split(":"))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigurationError(
             f"max_time={value!r} was asked for.",
             "Give a timedelta, a dictionary such as {'minutes': 30}, or 'DD:HH:MM:SS'.",
@@ -164,16 +171,20 @@ def seconds_of(value: Any) -> float | None:
 
 
 def _check_limit(name: str, value: Any, problems: list[tuple[str, str]]) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-        wrong = True
-    else:
-        wrong = isinstance(value, float) and value > 1.0
-    if wrong:
+    if value is not None and not _is_limit(value):
         problems.append(
             (
                 f"{name}={value!r} was asked for.",
                 "Give a whole number of batches, or a fraction from 0.0 to 1.0.",
             )
         )
+
+
+def _is_limit(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return value >= 0 if isinstance(value, int) else 0.0 <= value <= 1.0
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0

@@ -52,6 +52,7 @@ class StopRequest:
         self._channel = channel
         self._run = run
         self._begun = 0
+        self._said = False
         self._asked: int | None = None
         self._target: int | None = None
         self._done = threading.Event()
@@ -79,6 +80,10 @@ class StopRequest:
             self._channel.close()
 
     def _publish(self, channel: SideChannel) -> None:
+        """Say where this rank is, once: a number that changed would be read by some ranks only."""
+        if self._said:
+            return
+        self._said = True
         channel.post(f"{self._run}/begun/{self._world.rank}", str(self._begun).encode())
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

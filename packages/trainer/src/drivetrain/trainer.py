@@ -268,7 +268,8 @@ class Trainer:
                 f"save_checkpoint({os.fspath(path)!r}) was called while no fit is running.",
                 "Call it from a hook, or add a ModelCheckpoint callback.",
             )
-        self._run.losses.check(self._run.progress.epoch, self._run.windows)
+        progress = self._run.progress
+        self._run.losses.check(progress.epoch, progress.global_step)
         tree = snapshot.collect(self._run, weights_only=weights_only)
         snapshot.write_checkpoint(tree, os.fspath(path), self._run.stack)
 

@@ -360,9 +360,8 @@ class ModelCheckpoint(Callback):
             return
         if self.save_last:
             _point(self._link(), new.path)
-        for saved in goes:
-            if saved.path != new.path:
-                trainer.checkpoint_io.remove(saved.path)
+        for saved in goes:  # never the new one
+            trainer.checkpoint_io.remove(saved.path)
 
     def _inspect(self, trainer: Trainer) -> tuple[str, tuple[str, str] | None]:
         """The directory, and what is wrong with it."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from drivetrain_interfaces import ConfigurationError
@@ -52,11 +51,7 @@ class Monitor:
         self._known_before = False
 
     def better(self, new: float, old: float) -> bool:
-        """Whether ``new`` beats ``old``. NaN beats nothing and is beaten by every number."""
-        if math.isnan(new):
-            return False
-        if math.isnan(old):
-            return True
+        """Whether ``new`` beats ``old``. NaN beats nothing."""
         return new < old if self.mode == "min" else new > old
 
     def validation_starts(self, trainer: Trainer) -> None:
