@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from drivetrain_interfaces import ReduceOp
+from torch import nn
+
 from drivetrain_toolkit import averaging
 from drivetrain_toolkit.averaging import average_gradients
-from torch import nn
 
 
 class Other:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from drivetrain.seeding import rng_state, set_rng_state
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
 
-    from drivetrain_interfaces import EvalStep
+    import torch
+    from drivetrain_interfaces import Accelerator, EvalStep
     from torch import nn
 
     from drivetrain.data import Feed
@@ -133,8 +136,11 @@ class _evaluating:  # noqa: N801 - used as a function
             each.training = True
 
 
-def isolated() -> AbstractContextManager[None]:
-    """Random numbers drawn inside have no effect outside."""
-    import torch
-
-    return torch.random.fork_rng(devices=[])
+@contextmanager
+def isolated(accelerator: Accelerator, device: torch.device) -> Iterator[None]:
+    """Random numbers drawn inside, by any generator, have no effect outside."""
+    before = rng_state(accelerator, device)
+    try:
+        yield
+    finally:
+        set_rng_state(before, accelerator, device)

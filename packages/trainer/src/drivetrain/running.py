@@ -72,6 +72,7 @@ def work(runtime: Runtime, trainer: Trainer, job: Job) -> Outcome:
     module, stack = job.module, runtime.stack
     trainer.runtime, trainer.module, trainer.interrupted = runtime, module, None
     trainer.should_stop = False
+    trainer.limits = {}
     module.__dict__["_trainer"] = trainer
     session = Session(trainer, runtime, module, job.datamodule, job.stage)
     status = "failed"
@@ -80,10 +81,8 @@ def work(runtime: Runtime, trainer: Trainer, job: Job) -> Outcome:
             log.warning("%s", notice)
     try:
         with determinism(asked=trainer.deterministic):
-            if job.stage == "fit" and stack.world.is_main:
-                for each in trainer.loggers:
-                    each.prepare()
-                    each.log_hyperparams(module.hparams)
+            if stack.world.is_main:
+                _prepare_loggers(trainer, job)
             session.prepare()
             tree = stack.checkpoint_io.load(job.ckpt_path) if job.ckpt_path else None
             if job.stage == "fit":
@@ -101,6 +100,14 @@ def work(runtime: Runtime, trainer: Trainer, job: Job) -> Outcome:
     return outcome
 
 
+def _prepare_loggers(trainer: Trainer, job: Job) -> None:
+    for each in trainer.loggers:
+        each.use_run_dir(trainer.run_dir)
+        if job.stage == "fit":
+            each.prepare()
+            each.log_hyperparams(job.module.hparams)
+
+
 def _pack(outcome: Outcome, trainer: Trainer, runtime: Runtime) -> None:
     state = runtime.stack.strategy.state()
     outcome.world = runtime.world
@@ -115,7 +122,7 @@ def _finish(trainer: Trainer, session: Session, status: str) -> None:
     try:
         session.teardown()
     finally:
-        if session.stack.world.is_main and session.stage == "fit":
+        if session.stack.world.is_main:
             for each in trainer.loggers:
                 each.finalize(status)
         trainer.fitted = _fitted(trainer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import torch
 from drivetrain_interfaces import (
@@ -152,6 +153,9 @@ class Session:
         if tree is not None:
             snapshot.restore(run, tree)
             run.restore_rng = partial(snapshot.restore_rng, run, tree)
+            if self.stack.world.is_main:
+                for each in self.trainer.loggers:
+                    each.continue_from(run.progress.global_step)
         if self.settings.seconds is not None:
             run.deadline = run.started + self.settings.seconds - run.progress.elapsed
         with stop, step:
@@ -236,7 +240,7 @@ class Session:
         most = self.settings.num_sanity_val_steps
         self.trainer.sanity_checking = True
         self.hooks.call("on_sanity_check_start")
-        with isolated():
+        with isolated(self.stack.accelerator, self.stack.strategy.device):
             evaluate(validation, quietly=True, most=None if most < 0 else most)
         self.hooks.call("on_sanity_check_end")
         self.trainer.sanity_checking = False
@@ -246,7 +250,9 @@ class Session:
         channel = None
         if self.stack.world.size > 1 and isinstance(collectives, SupportsSideChannel):
             channel = collectives.side_channel()
-        return StopRequest(self.stack.world, channel, f"fit-{self.trainer.runs}")
+        # Entries stay in the store, and another Trainer of this script may have used any number.
+        name = collectives.broadcast_object(uuid4().hex)
+        return StopRequest(self.stack.world, channel, f"fit-{name}")
 
     # Evaluation
     def evaluate(

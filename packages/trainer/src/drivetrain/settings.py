@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from drivetrain_interfaces import Clip, ConfigurationError, Feature
 
+from drivetrain.durations import seconds_of
 from drivetrain.plan import Want
+
+if TYPE_CHECKING:
+    from datetime import timedelta
 
 _NAN_POLICIES = ("raise", "warn", "ignore")
 _CLIP_ALGORITHMS = ("norm", "value")
@@ -106,9 +109,9 @@ class Settings:
                 )
             )
         try:
-            seconds_of(self.max_time)
+            _ = self.seconds
         except ConfigurationError as error:
-            problems.append((error.message, error.hint))
+            problems.append((f"max_time: {error.message}", error.hint))
 
     def check_limit_is_set(self) -> None:
         """A fit without any limit is a mistake. Raises ``ConfigurationError``."""
@@ -128,7 +131,7 @@ class Settings:
     @property
     def seconds(self) -> float | None:
         """``max_time`` in seconds."""
-        return seconds_of(self.max_time)
+        return None if self.max_time is None else seconds_of(self.max_time)
 
     @property
     def wants(self) -> tuple[Want, ...]:
@@ -146,28 +149,6 @@ class Settings:
             )
             wants.append(Want(feature, f"gradient_clip_val={self.gradient_clip_val}"))
         return tuple(wants)
-
-
-def seconds_of(value: Any) -> float | None:
-    """A duration in seconds from a timedelta, its keyword arguments, or ``DD:HH:MM:SS``.
-
-    Raises:
-        ConfigurationError: It is none of these.
-    """
-    if value is None:
-        return None
-    if isinstance(value, timedelta):
-        return value.total_seconds()
-    try:
-        if isinstance(value, dict):
-            return timedelta(**value).total_seconds()
-        days, hours, minutes, seconds = (int(part) for part in str(value).split(":"))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ConfigurationError(
-            f"max_time={value!r} was asked for.",
-            "Give a timedelta, a dictionary such as {'minutes': 30}, or 'DD:HH:MM:SS'.",
-        ) from error
-    return timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds()
 
 
 def _check_limit(name: str, value: Any, problems: list[tuple[str, str]]) -> None:

@@ -68,15 +68,17 @@ class StopRequest:
             self._thread.start()
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         for each, handler in self._before.items():
             signal.signal(each, handler)
         self._done.set()
         if self._thread is not None:
             self._thread.join()
         if self._channel is not None:
-            # A rank that ended at its limit also says where it is, or others would wait for it.
-            self._publish(self._channel)
+            # A rank that ended at its limit also says where it is, or others would wait for it. One
+            # that failed does not: an error about the channel would hide the one that matters.
+            if kind is None:
+                self._publish(self._channel)
             self._channel.close()
 
     def _publish(self, channel: SideChannel) -> None:
@@ -117,8 +119,8 @@ class StopRequest:
             return True
         if not self._agreed.wait(AGREE_SECONDS):
             raise ProcessFailedError(
-                f"Rank {self._world.rank} was asked to stop, and {AGREE_SECONDS:.0f} s later not all "
-                f"of the {self._world.size} ranks had said where they are.",
+                f"Rank {self._world.rank} was asked to stop, and {AGREE_SECONDS:.0f} s later not "
+                f"all of the {self._world.size} ranks had said where they are.",
                 "Look at the output of the other ranks; one of them hangs or has ended.",
             )
         return self._target is not None and window > self._target

@@ -16,6 +16,12 @@ class Logger:
         """How messages call it."""
         return type(self).__name__
 
+    def use_run_dir(self, run_dir: str) -> None:
+        """Write to the trainer's run directory, unless another one was given. On rank 0."""
+
+    def continue_from(self, step: int) -> None:
+        """The run resumes at ``step``: what was logged after it is about to be logged again."""
+
     def prepare(self) -> None:
         """Make sure that it can write. On rank 0 before training; raises ``StorageError``."""
 
