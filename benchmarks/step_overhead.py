@@ -2,9 +2,9 @@
 
 Every contender trains the same MLP (64-32-10, ReLU) on the same prebuilt batches of 32 with SGD, one
 thread, and the same number of steps. Contenders take turns, round by round, in one process. Time is
-taken where the data is drawn, for every 250 steps, so set-up costs nobody anything; what counts is
-the median of the fastest quarter of these stretches over all rounds, which other work on the machine
-disturbs least and alike.
+taken where the data is drawn, for every 50 steps (so each stretch holds one log point), and set-up
+costs nobody anything. What counts is the mean of the fastest twentieth of the stretches over all
+rounds: other work on the machine disturbs these least.
 
     python -m nox -s benchmarks -- step_overhead
 """
@@ -30,7 +30,7 @@ from torch import nn
 
 WARM_UP = 200
 BATCHES = 64
-STRETCH = 250
+STRETCH = 50
 
 
 class Batches:
@@ -295,7 +295,7 @@ def measure(steps: int, rounds: int, only: str) -> dict[str, dict[str, object]]:
             losses[name] = loss_on_all(net, batches)
         print(f"round {turn + 1} of {rounds} done", file=sys.stderr)
     undisturbed = {
-        name: statistics.median(sorted(times)[: max(1, len(times) // 4)])
+        name: statistics.mean(sorted(times)[: max(1, len(times) // 20)])
         for name, times in seconds.items()
     }
     base = undisturbed["hand-written"]

@@ -434,6 +434,7 @@ def test_the_ranks_end_when_their_launcher_is_killed(
     run.process.kill()
     run.process.wait(timeout=10)
     run.wait_until_alone()
+    assert list(run.temporary.iterdir()) == []
 
 
 def test_a_rank_in_c_code_that_ignores_sigterm_ends_with_its_launcher(

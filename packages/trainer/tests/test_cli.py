@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 from drivetrain_interfaces.errors import NonFiniteLossError
@@ -161,6 +162,23 @@ def test_doctor_prints_what_is_installed(capsys):
 def test_doctor_prints_json(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     assert "backend" in {one["kind"] for one in json.loads(capsys.readouterr().out)["installed"]}
+
+
+def test_new_backend_says_what_to_install_where_the_kit_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "drivetrain_conformance", None)  # as if it were not there
+    assert cli.main(["new-backend", "acme"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("drivetrain new-backend: A new backend was asked for")
+    assert 'pip install "drivetrain-conformance[scaffold]". [DT101]' in err
+
+
+def test_new_backend_is_left_to_the_kit_where_it_is_installed(monkeypatch):
+    given = []
+    kit = SimpleNamespace(main=lambda words: given.append(words) or 0)
+    monkeypatch.setitem(sys.modules, "drivetrain_conformance", SimpleNamespace(scaffold=kit))
+    monkeypatch.setitem(sys.modules, "drivetrain_conformance.scaffold", kit)
+    assert cli.main(["new-backend", "acme", "--into", "there"]) == 0
+    assert given == [["acme", "--into", "there"]]
 
 
 def test_version(capsys):

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -155,11 +156,15 @@ class RunDirectory:
         return cls(tempfile.mkdtemp(prefix="drivetrain-run-"))
 
     def write(self, rank: int, state: RankState) -> None:
-        """Replace what ``rank`` said. A reader sees the old or the new, never a part."""
+        """Replace what ``rank`` said. A reader sees the old or the new, never a part.
+
+        The directory is gone once nobody is going to read it; then nothing is said.
+        """
         target = self._file(rank)
         draft = target.with_suffix(".draft")
-        draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        draft.replace(target)
+        with suppress(FileNotFoundError):
+            draft.write_text(json.dumps(asdict(state)), encoding="utf-8")
+            draft.replace(target)
 
     def read(self, rank: int) -> RankState:
         """What ``rank`` last said; the empty state where it said nothing."""
@@ -188,11 +193,8 @@ def reported(main: Callable[[World], Any], world: World, directory: RunDirectory
     try:
         result = main(world)
     except BaseException as error:
-        # The supervisor removes the directory when it gives up on this rank; the error stands.
-        if os.path.isdir(directory.path):
-            failure = None if is_stop(error) else Failure.of(error, world.rank)
-            done = replace(done, stopped=is_stop(error), failure=failure)
-            directory.write(world.rank, done)
+        failure = None if is_stop(error) else Failure.of(error, world.rank)
+        directory.write(world.rank, replace(done, stopped=is_stop(error), failure=failure))
         raise
     directory.write(world.rank, done)
     return result

@@ -215,8 +215,8 @@ class Supervisor:
                 child.send(signal.SIGTERM, ours=True)
 
 
-def follow(parent: int) -> None:
-    """End this process soon after ``parent`` ended, however that was.
+def follow(parent: int, directory: RunDirectory) -> None:
+    """End this process soon after ``parent`` ended, however that was, and remove its directory.
 
     A thread waits for it. The kernel's own parent-death signal is not used: it also fires when only
     the *thread* that started the child ends, as under a launcher that runs in a worker thread.
@@ -227,16 +227,17 @@ def follow(parent: int) -> None:
     os.kill(parent, 0)
     handle = _pidfd(parent)
     threading.Thread(
-        target=_follow, args=(parent, handle), name="drivetrain-parent", daemon=True
+        target=_follow, args=(parent, handle, directory), name="drivetrain-parent", daemon=True
     ).start()
 
 
-def _follow(parent: int, handle: int | None) -> None:
+def _follow(parent: int, handle: int | None, directory: RunDirectory) -> None:
     if handle is not None:
         connection.wait([handle])
     else:
         while _exists(parent):
             time.sleep(1.0)
+    directory.remove()
     os.kill(os.getpid(), signal.SIGTERM)  # a chance for the user's teardown
     time.sleep(GRACE + TERMINATE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -13,6 +13,7 @@ from drivetrain_interfaces.errors import (
     ConfigurationError,
     DrivetrainError,
     NonFiniteLossError,
+    NotFoundError,
     ProcessFailedError,
     StorageError,
 )
@@ -31,6 +32,7 @@ _RUNS: Final = {
 _LOOKS: Final = {
     "plan": "show what a run would be, and why",
     "doctor": "show what is installed, what the machine has, and what to install",
+    "new-backend": "write the package of a new backend",
 }
 #: Exit codes: wrong settings, a run that failed, and a run that Ctrl-C ended.
 _WRONG, _FAILED, _INTERRUPTED = 2, 1, 130
@@ -54,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **{name: _runner(name) for name in _RUNS},
         "plan": _plan,
         "doctor": _doctor,
+        "new-backend": _new_backend,
         "--version": _version,
         "--help": _help,
         "-h": _help,
@@ -80,7 +83,7 @@ def _tell(text: str) -> None:
 
 def _usage() -> str:
     lines = ["usage: drivetrain COMMAND [options]", "", "commands:"]
-    lines += [f"  {name:10} {text}" for name, text in {**_RUNS, **_LOOKS}.items()]
+    lines += [f"  {name:12} {text}" for name, text in {**_RUNS, **_LOOKS}.items()]
     lines += ["", "options:", "  --version  show the version", "  --help     show this text"]
     return "\n".join(lines)
 
@@ -151,6 +154,21 @@ def _doctor(words: Sequence[str]) -> int:
     report = examine()
     _say(report.to_json() if options.json else report.render())
     return 0
+
+
+def _new_backend(words: Sequence[str]) -> int:
+    try:
+        scaffold = import_module("drivetrain_conformance.scaffold")
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("drivetrain_conformance"):
+            raise  # it is installed, and something that it needs is not
+        raise NotFoundError(
+            "A new backend was asked for, and its template comes with drivetrain-conformance, "
+            "which is not installed.",
+            'Install it with pip install "drivetrain-conformance[scaffold]".',
+        ) from error
+    code: int = scaffold.main(words)
+    return code
 
 
 # Running

@@ -50,7 +50,7 @@ class Feed:
     @property
     def round_size(self) -> int:
         """Samples of all ranks per step, where that is known; else 0."""
-        return self._dealt.round_size if self._dealt else 0
+        return 0 if self._dealt is None else self._dealt.round_size
 
     def open(self, epoch: int, skip: int = 0, samples: int | None = None) -> Iterator[Any]:
         """An iterator over the rest of an epoch.

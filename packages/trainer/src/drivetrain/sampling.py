@@ -118,7 +118,7 @@ class DealtBatches(Sampler[list[int]]):
         return self._batch_size * self._world
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order(self._seed, self.epoch)
+        order = self._order(self._seed, self.epoch)[: self._size]
         for begin in range(self.start, self._size, self.round_size):
             dealt = order[begin : begin + self.round_size]
             if len(dealt) < self.round_size:

@@ -319,7 +319,8 @@ def _child(
     os.environ.update(place.variables)
     if place.forked:
         _one_thread(place.variables)
-    follow_launcher(int(place.variables[PARENT]))
+    directory = RunDirectory(place.variables[DIRECTORY])
+    follow_launcher(int(place.variables[PARENT]), directory)
 
     def main(world: World) -> Any:
         function = unpickled(task, "main") if isinstance(task, bytes) else task
@@ -327,7 +328,6 @@ def _child(
         # Pickled here, so that a result that cannot be counts as this rank's failure.
         return pickled_result(result) if pipe is not None else None
 
-    directory = RunDirectory(place.variables[DIRECTORY])
     try:
         result = reported(main, place.world, directory)
     except BaseException as error:  # noqa: BLE001 - reported, and the exit code says the rest

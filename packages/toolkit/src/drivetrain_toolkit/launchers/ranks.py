@@ -28,16 +28,17 @@ def run_as_rank(main: Callable[[World], Any], world: World) -> Any:
     """Call ``main`` here; as a rank that the script launcher started, report how it went."""
     if os.environ.get(LAUNCHED) != SCRIPT or DIRECTORY not in os.environ:
         return main(world)
-    follow_launcher(int(os.environ[PARENT]))
+    directory = RunDirectory(os.environ[DIRECTORY])
+    follow_launcher(int(os.environ[PARENT]), directory)
     try:
-        return reported(main, world, RunDirectory(os.environ[DIRECTORY]))
+        return reported(main, world, directory)
     except BaseException as error:
         if not is_stop(error):
             _shown_by_the_launcher(error)
         raise
 
 
-def follow_launcher(parent: int) -> None:
+def follow_launcher(parent: int, directory: RunDirectory) -> None:
     """End with the process that started this one; once per process, however often it is called.
 
     Raises:
@@ -46,7 +47,7 @@ def follow_launcher(parent: int) -> None:
     if os.getpid() in _following:  # by process, since a fork inherits the set but no thread
         return
     try:
-        follow(parent)
+        follow(parent, directory)
     except ProcessLookupError as error:
         raise ProcessFailedError(
             f"Process {parent}, which started this rank, has ended.", "Start the run again."

@@ -1,0 +1,228 @@
+#include "runtime.h"
+
+#include <chrono>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include <c10/core/CPUAllocator.h>
+#include <c10/util/Exception.h>
+
+namespace drivetrain_sim {
+namespace {
+
+DeviceState g_devices[kMaxDevices];
+GlobalState g_state;
+thread_local c10::DeviceIndex t_current = 0;
+
+// Who owns a piece of device memory, and how much of the limit it takes.
+struct Block {
+  c10::DataPtr host;
+  size_t bytes;
+  c10::DeviceIndex index;
+};
+
+void free_block(void* context) {
+  std::unique_ptr<Block> block(static_cast<Block*>(context));
+  device_state(block->index).allocated -= static_cast<int64_t>(block->bytes);
+}
+
+std::string mebibytes(int64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.2f MiB", static_cast<double>(bytes) / (1 << 20));
+  return text;
+}
+
+// Take `bytes` of the limit, or throw an error of the shape that CUDA's has.
+void reserve(int64_t bytes, c10::DeviceIndex index) {
+  auto& state = device_state(index);
+  const int64_t limit = state.memory_limit;
+  const int64_t now = state.allocated += bytes;
+  if (limit > 0 && now > limit) {
+    const int64_t before = state.allocated -= bytes;
+    ++state.out_of_memory;
+    TORCH_CHECK_WITH(
+        OutOfMemoryError, false, "Simulated device out of memory. Tried to allocate ",
+        mebibytes(bytes), ". Device ", static_cast<int>(index), " has a total capacity of ",
+        mebibytes(limit), " of which ", mebibytes(limit - before), " is free. Of the allocated "
+        "memory ", mebibytes(before), " is allocated by PyTorch.");
+  }
+  int64_t peak = state.peak;
+  while (now > peak && !state.peak.compare_exchange_weak(peak, now)) {
+  }
+}
+
+void wait(int64_t nanoseconds) {
+  using clock = std::chrono::steady_clock;
+  const auto until = clock::now() + std::chrono::nanoseconds(nanoseconds);
+  // A sleep takes 50 microseconds more than it was asked to, so the rest is spent spinning.
+  if (nanoseconds > 200'000) {
+    std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds - 100'000));
+  }
+  while (clock::now() < until) {
+  }
+}
+
+[[noreturn]] void fail(const char* what, c10::DeviceIndex index) {
+  const auto message = std::string("Simulated device error: device ") + std::to_string(index) +
+      " failed at " + what + "; it was told to. Every later call on it fails too.";
+#if DRIVETRAIN_TORCH >= 208
+  throw c10::AcceleratorError({__func__, __FILE__, __LINE__}, 700, message);
+#else
+  TORCH_CHECK(false, message);
+#endif
+}
+
+} // namespace
+
+DeviceState& device_state(c10::DeviceIndex index) {
+  TORCH_INTERNAL_ASSERT(index >= 0 && index < kMaxDevices, "no such simulated device: ", index);
+  return g_devices[index];
+}
+
+GlobalState& global_state() {
+  return g_state;
+}
+
+c10::DeviceIndex current_device() {
+  return t_current;
+}
+
+void set_current_device(c10::DeviceIndex index) {
+  TORCH_CHECK(
+      index >= 0 && index < g_state.devices, "Simulated device error: invalid device ordinal ",
+      static_cast<int>(index), "; there are ", g_state.devices.load(), ".");
+  t_current = index;
+}
+
+c10::DataPtr adopt(c10::DataPtr host, size_t bytes, c10::DeviceIndex index) {
+  reserve(static_cast<int64_t>(bytes), index);
+  void* data = host.get();
+  auto* block = new Block{std::move(host), bytes, index};
+  return {data, block, &free_block, c10::Device(kType, index)};
+}
+
+c10::DataPtr allocate(size_t bytes, c10::DeviceIndex index) {
+  // Reserved twice only for a moment, and never above the limit without an error.
+  auto& state = device_state(index);
+  if (state.memory_limit > 0 && state.allocated + static_cast<int64_t>(bytes) > state.memory_limit) {
+    reserve(static_cast<int64_t>(bytes), index); // throws, before the host is asked for memory
+  }
+  return adopt(c10::GetCPUAllocator()->allocate(bytes), bytes, index);
+}
+
+void launch(const char* kernel, c10::DeviceIndex index) {
+  auto& state = device_state(index);
+  ++state.launches;
+  if (state.failed) {
+    fail(kernel, index);
+  }
+  if (state.launches_until_failure > 0 && --state.launches_until_failure == 0) {
+    state.failed = 1;
+    fail(kernel, index);
+  }
+  if (const int64_t nanoseconds = g_state.latency_ns) {
+    wait(nanoseconds);
+  }
+}
+
+void synchronize(c10::DeviceIndex index) {
+  auto& state = device_state(index);
+  ++state.synchronizations;
+  if (state.failed) {
+    fail("a synchronization", index);
+  }
+}
+
+} // namespace drivetrain_sim
+
+// What Python sets and reads, by name: a plain C interface, so that building needs no Python
+// headers and one library serves every Python version.
+namespace {
+
+using drivetrain_sim::DeviceState;
+using drivetrain_sim::GlobalState;
+using drivetrain_sim::Number;
+
+struct DeviceName {
+  const char* name;
+  Number DeviceState::*member;
+  bool counter;
+};
+constexpr DeviceName kDeviceNames[] = {
+    {"memory_limit", &DeviceState::memory_limit, false},
+    {"launches_until_failure", &DeviceState::launches_until_failure, false},
+    {"failed", &DeviceState::failed, false},
+    {"allocated", &DeviceState::allocated, false},
+    {"peak", &DeviceState::peak, false},
+    {"launches", &DeviceState::launches, true},
+    {"views", &DeviceState::views, true},
+    {"uploads", &DeviceState::uploads, true},
+    {"uploaded_bytes", &DeviceState::uploaded_bytes, true},
+    {"blocking_uploads", &DeviceState::blocking_uploads, true},
+    {"downloads", &DeviceState::downloads, true},
+    {"downloaded_bytes", &DeviceState::downloaded_bytes, true},
+    {"device_copies", &DeviceState::device_copies, true},
+    {"synchronizations", &DeviceState::synchronizations, true},
+    {"out_of_memory", &DeviceState::out_of_memory, true},
+};
+
+struct GlobalName {
+  const char* name;
+  Number GlobalState::*member;
+};
+constexpr GlobalName kGlobalNames[] = {
+    {"devices", &GlobalState::devices},
+    {"latency_ns", &GlobalState::latency_ns},
+    {"fp16", &GlobalState::fp16},
+    {"inference_mode", &GlobalState::inference_mode},
+    {"inplace", &GlobalState::inplace},
+};
+
+Number* find(const char* name, int device) {
+  for (const auto& each : kGlobalNames) {
+    if (std::strcmp(each.name, name) == 0) {
+      return &(drivetrain_sim::global_state().*each.member);
+    }
+  }
+  if (device < 0 || device >= drivetrain_sim::kMaxDevices) {
+    return nullptr;
+  }
+  for (const auto& each : kDeviceNames) {
+    if (std::strcmp(each.name, name) == 0) {
+      return &(drivetrain_sim::device_state(static_cast<c10::DeviceIndex>(device)).*each.member);
+    }
+  }
+  return nullptr;
+}
+
+} // namespace
+
+// Returns 0, or -1 for a name that there is not.
+extern "C" int drivetrain_sim_set(const char* name, int device, int64_t value) {
+  auto* number = find(name, device);
+  if (number != nullptr) {
+    *number = value;
+  }
+  return number == nullptr ? -1 : 0;
+}
+
+// Returns the number, or -1 for a name that there is not.
+extern "C" int64_t drivetrain_sim_get(const char* name, int device) {
+  const auto* number = find(name, device);
+  return number == nullptr ? -1 : number->load();
+}
+
+extern "C" int drivetrain_sim_max_devices() {
+  return drivetrain_sim::kMaxDevices;
+}
+
+extern "C" void drivetrain_sim_reset_counters(int device) {
+  auto& state = drivetrain_sim::device_state(static_cast<c10::DeviceIndex>(device));
+  for (const auto& each : kDeviceNames) {
+    if (each.counter) {
+      state.*each.member = 0;
+    }
+  }
+}
