@@ -52,7 +52,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = [
     "lint", "gates", "imports", "wheels", "types", "tests", "integration", "docs", "alone",
-    "quickstart",
+    "scaffold", "quickstart",
 ]  # fmt: skip
 
 
@@ -80,7 +80,10 @@ def shared_python(session: nox.Session) -> str:
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     if not stamp.exists() or stamp.read_text(encoding="utf-8") != digest:
         session.run(sys.executable, "-m", "virtualenv", "-q", "--clear", str(SHARED), external=True)
-        tools = (*TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn")
+        tools = (
+            *TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn",
+            "copier",
+        )  # fmt: skip
         pip = (str(python), "-m", "pip", "install", "-q", *CONSTRAINTS)
         session.run(*pip, *tools, *editable(TOGETHER), external=True)
         stamp.write_text(digest, encoding="utf-8")
@@ -189,6 +192,37 @@ def alone(session: nox.Session, name: str) -> None:
     session.install("-q", *CONSTRAINTS, *paths)
     session.run("python", "-m", "pip", "check")
     session.run("python", "-I", str(ROOT / "ci/installed.py"), PROJECTS[name]["project"]["name"])
+
+
+@nox.session(requires=["wheels"], reuse_venv=False)
+def scaffold(session: nox.Session) -> None:
+    """Do what a stranger does: render a new backend, install it, and run the kit on it.
+
+    Unedited it passes level 0; with the simulated device filled in, level 1.
+    """
+    paths = {
+        line
+        for name in ("toolkit", "conformance")
+        for line in str(
+            session.run(
+                sys.executable, "ci/wheels.py", "closure", name, external=True, silent=True
+            )
+        ).split()
+    }
+    kit = next(path for path in paths if "drivetrain_conformance" in path)
+    session.install("-q", *CONSTRAINTS, *sorted(paths - {kit}), f"{kit}[scaffold]")
+    home = Path(session.create_tmp()).resolve()
+    package = home / "drivetrain-acme"
+    shutil.rmtree(package, ignore_errors=True)
+    session.run("python", "-m", "drivetrain_conformance", "new", "acme", "--into", str(home))
+    session.install("-q", *CONSTRAINTS, "-e", f"{package}[test]")
+    session.chdir(package)
+    session.run("pytest", "tests")
+    suite = ("pytest", "--pyargs", "drivetrain_conformance.suite", "--drivetrain-backend=acme")
+    session.run(*suite, "--drivetrain-level=0", *session.posargs)
+    session.run("python", str(ROOT / "ci/fill_in.py"), str(package))
+    session.run("pytest", "tests")
+    session.run(*suite, "--drivetrain-level=1", *session.posargs)
 
 
 @nox.session(venv_backend="none")

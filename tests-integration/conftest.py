@@ -196,6 +196,14 @@ def start_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     starter.sweep()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _all_imported() -> None:
+    """Torch imports its compiler with the first optimizer; forked ranks then need not."""
+    import torch
+
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+
 @pytest.fixture(autouse=True)
 def _as_if_alone() -> Iterator[None]:
     """Fits in the tests' own process leave no seed, place or thread count for the next test."""

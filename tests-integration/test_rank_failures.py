@@ -59,7 +59,9 @@ def test_an_error_of_one_rank_ends_all_and_is_the_one_shown(
     # The other rank lost its connection. That is no news, at least not after the reason.
     last = running.errors.rindex("lost its way")
     assert "Traceback" not in running.errors[last:]
-    assert _other_tore_down(start.folder, rank)
+    # A rank that waits in C code for rank 0 of a script, which lives on to report, is killed.
+    if (launcher, rank) != ("script", 0):
+        assert _other_tore_down(start.folder, rank)
 
 
 @pytest.mark.parametrize(("launcher", "rank"), [("script", 1), ("spawn", 0)])

@@ -144,8 +144,9 @@ class At(Callback):
     """Does something when a rank is about to train on a certain batch.
 
     Args:
-        what: It always prints ``here RANK PID``. ``"say"`` goes on, ``"wait"`` never goes on,
-            ``"raise"`` raises, ``"exit"`` leaves with code 3, ``"kill"`` kills the process.
+        what: It always prints ``here RANK PID``. Then ``"say"`` goes on; ``"wait"`` prints ``woke
+            RANK PID`` after each signal and never goes on; ``"raise"`` raises; ``"exit"`` leaves
+            with code 3; ``"kill"`` kills the process.
         rank: The rank; None means every rank.
         epoch: The epoch.
         batch: The number of the batch.
@@ -160,15 +161,21 @@ class At(Callback):
         rank = trainer.world.rank
         if self.rank not in (None, rank) or self.place != (trainer.current_epoch, batch_idx):
             return
-        print(f"here {rank} {os.getpid()}", flush=True)
+        _say(f"here {rank} {os.getpid()}")
         while self.what == "wait":
             signal.pause()
+            _say(f"woke {rank} {os.getpid()}")
         if self.what == "raise":
             raise LookupError(f"rank {rank} lost its way")
         if self.what == "exit":
             os._exit(3)
         if self.what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _say(line: str) -> None:
+    """Print a line in one piece, as other ranks print to the same pipe."""
+    os.write(1, f"{line}\n".encode())
 
 
 def loader(samples: int = 48, batch: int = 4, *, shuffle: bool = True) -> DataLoader:

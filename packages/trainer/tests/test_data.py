@@ -410,9 +410,13 @@ def test_a_limit_that_means_no_batches_is_refused(length, limit, said):
 
 
 # Workers
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on one core
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # from Python 3.12 on
 def test_augmentation_in_workers_is_fixed_by_the_epoch():
     def loader():
-        return DataLoader(Augmented(), batch_size=3, num_workers=2, shuffle=True)
+        return DataLoader(
+            Augmented(), batch_size=3, num_workers=2, shuffle=True, multiprocessing_context="fork"
+        )
 
     def drawn(one, epoch):
         return torch.cat(list(one.open(epoch))).tolist()

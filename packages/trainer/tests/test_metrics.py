@@ -519,6 +519,21 @@ def test_a_rank_may_log_later_what_only_others_logged_before():
     assert results == [right, right]
 
 
+def test_a_rank_that_leaves_a_name_out_for_an_epoch_keeps_its_options():
+    def main(rank, metrics):
+        metrics.log("x", 1.0, options(on_step=False, on_epoch=True, prog_bar=True))
+        metrics.epoch_values()
+        if rank == 0:
+            metrics.log("x", 3.0, options(on_step=False, on_epoch=True, prog_bar=True))
+        second = metrics.epoch_values().prog_bar
+        with pytest.raises(UserCodeError, match="same options"):
+            metrics.log("x", 1.0, options())
+        return second
+
+    results, _ = together(2, main)
+    assert results == [{"x": 3.0}] * 2
+
+
 def test_a_rank_that_has_nothing_new_takes_part_in_the_exchange_of_step_values():
     asked = options(sync_dist=True)
 

@@ -7,6 +7,7 @@ nothing else: one CPU device, one process, float32, one optimizer, one batch per
 
 from __future__ import annotations
 
+import inspect
 import os
 from contextlib import nullcontext
 from typing import Any
@@ -109,15 +110,18 @@ class Step:
 
 class TrainStep(Step):
     def __init__(self, spec: Any, precision: Any) -> None:
-        hooks = spec.hooks
-        if any(getattr(hooks, name) for name in hooks.__dataclass_fields__):
-            raise refused("a hook inside a step", "Remove the override.")
+        hooks = [name for name in spec.hooks.__dataclass_fields__ if getattr(spec.hooks, name)]
+        if hooks:
+            raise refused(f"the hooks {', '.join(hooks)}", "Remove the overrides.")
         if spec.accumulate != 1 or spec.clip is not None or len(spec.optimizers) != 1:
             raise refused(
                 f"accumulate={spec.accumulate}, clip={spec.clip} and {len(spec.optimizers)} "
                 "optimizers",
                 "Use one optimizer, without accumulation and without clipping.",
             )
+        closure = inspect.signature(spec.optimizers[0].step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise refused("an optimizer that needs a closure", "Use another optimizer.")
         self.spec, self.precision = spec, precision
 
     def __call__(self, microbatches: Any) -> StepResult:

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-_DISTRIBUTION = re.compile(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*")
-#: What may be answered besides the name; the defaults are in ``template/copier.yml``.
-QUESTIONS = ("distribution", "device_type", "extension", "author")
+#: What may be answered besides the name, and what an answer looks like. The defaults are in
+#: ``template/copier.yml``.
+QUESTIONS = {
+    "distribution": re.compile(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*"),
+    "device_type": re.compile(r"[A-Za-z_][A-Za-z0-9_]*"),
+    "extension": re.compile(r"[A-Za-z_][A-Za-z0-9_]*"),
+    "author": re.compile(r".+"),
+}
 
 
 def new(name: str, into: Path, answers: Mapping[str, str] | None = None) -> Path:
@@ -76,19 +81,18 @@ def _check_name(name: str) -> None:
 
 
 def _check_answers(answers: Mapping[str, str]) -> None:
-    unknown = sorted(set(answers) - set(QUESTIONS))
-    if unknown:
-        raise ConfigurationError(
-            f"Answers to {', '.join(unknown)} were given, and the template asks for "
-            f"{', '.join(sorted(QUESTIONS))}.",
-            "Leave out the others.",
-        )
-    distribution = answers.get("distribution")
-    if distribution is not None and not _DISTRIBUTION.fullmatch(distribution):
-        raise ConfigurationError(
-            f"The distribution {distribution!r} was asked for, which makes no module's name.",
-            "Use letters, digits and single hyphens, such as 'drivetrain-acme'.",
-        )
+    for question, answer in answers.items():
+        if question not in QUESTIONS:
+            raise ConfigurationError(
+                f"An answer to {question!r} was given, and the template asks for "
+                f"{', '.join(sorted(QUESTIONS))}.",
+                "Leave it out.",
+            )
+        if not QUESTIONS[question].fullmatch(answer):
+            raise ConfigurationError(
+                f"{question}={answer!r} was given, which cannot be part of a package.",
+                "Use letters and digits, and hyphens in the distribution's name alone.",
+            )
 
 
 def _versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-SUITE = Path(__file__).parent / "suite"
+SUITE = Path(__file__).resolve().parent / "suite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,11 @@ class Function:
     rules: tuple[str, ...]
 
 
+@cache
 def level_of(path: Path) -> int | None:
     """The level that a file or folder of the suite belongs to; None for any other path."""
     try:
-        parts = path.relative_to(SUITE).parts
+        parts = path.resolve().relative_to(SUITE).parts
     except ValueError:
         return None
     if parts and parts[0].startswith("level"):

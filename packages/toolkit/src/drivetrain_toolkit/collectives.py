@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import pickle
@@ -112,6 +113,9 @@ class TorchCollectives:
                 "Leave the initialization to the trainer, or make the two agree.",
             )
         self._closed = False
+        if self._owns_group and "gloo" in backend:
+            # A process that ends with gloo's threads running may abort, which hides its exit code.
+            atexit.register(self.close)
 
     def all_reduce(self, tensor: Tensor, op: ReduceOp = ReduceOp.SUM) -> Tensor:
         """The reduction over all ranks.
@@ -205,6 +209,7 @@ class TorchCollectives:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
 

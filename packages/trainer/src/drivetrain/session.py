@@ -170,6 +170,7 @@ class Session:
         keep = bool(self.hooks.table("on_train_batch_end", 3))
         optimizers = self.trainer.optimizers
         if not self.module.automatic_optimization:
+            self._refuse_what_manual_code_decides()
             manual_window = ManualWindow(feed, metrics)
             return manual_window, self._manual_step(placed, manual_window)
         if not optimizers:
@@ -193,6 +194,19 @@ class Session:
         refuse_what_is_newer(spec, plan.owner, parts.spec.contract)
         window.step = self.stack.strategy.train_step(spec)
         return window, window.step
+
+    def _refuse_what_manual_code_decides(self) -> None:
+        settings = self.settings
+        why = f"was asked for, and {type(self.module).__name__} steps its optimizers itself."
+        problems = []
+        if settings.clip is not None:
+            what = f"gradient_clip_val={settings.gradient_clip_val!r} {why}"
+            problems.append((what, "Clip there, such as optimizer.step(max_norm=1.0)."))
+        if settings.accumulate_grad_batches > 1:
+            what = f"accumulate_grad_batches={settings.accumulate_grad_batches} {why}"
+            problems.append((what, "Step and clear gradients there, every so many batches."))
+        if problems:
+            raise ConfigurationError.conflicts(problems)
 
     def _manual_step(self, placed: Any, window: ManualWindow) -> Any:
         strategy = self.stack.strategy

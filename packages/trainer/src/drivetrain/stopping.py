@@ -36,6 +36,9 @@ class Interrupted(SystemExit):
         super().__init__(128 + number)
         self.signal = signal.Signals(number)
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
+        return type(self), (int(self.signal),)
+
 
 class StopRequest:
     """Whether and where this run stops before its limit. One object per ``fit``.

@@ -139,14 +139,14 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 
   c10::Stream getStream(c10::Device device) const override {
     const auto index = or_current(device.index());
-    return {c10::Stream::UNSAFE, c10::Device(kType, index), t_streams[index]};
+    return c10::Stream(c10::Stream::UNSAFE, c10::Device(kType, index), t_streams[index]);
   }
   c10::Stream getDefaultStream(c10::Device device) const override {
-    return {c10::Stream::DEFAULT, c10::Device(kType, or_current(device.index()))};
+    return c10::Stream(c10::Stream::DEFAULT, c10::Device(kType, or_current(device.index())));
   }
   c10::Stream getNewStream(c10::Device device, int) const override {
-    return {
-        c10::Stream::UNSAFE, c10::Device(kType, or_current(device.index())), g_next_stream++};
+    const c10::Device where(kType, or_current(device.index()));
+    return c10::Stream(c10::Stream::UNSAFE, where, g_next_stream++);
   }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
     return getNewStream(device, 0);

@@ -34,19 +34,27 @@ std::string mebibytes(int64_t bytes) {
   return text;
 }
 
-// Take `bytes` of the limit, or throw an error of the shape that CUDA's has.
+// The error has the shape of the one that CUDA has.
+void refuse(int64_t bytes, c10::DeviceIndex index) {
+  auto& state = device_state(index);
+  const int64_t used = state.allocated;
+  const int64_t limit = state.memory_limit;
+  ++state.out_of_memory;
+  TORCH_CHECK_WITH(
+      OutOfMemoryError, false, "Simulated device out of memory. Tried to allocate ",
+      mebibytes(bytes), ". Device ", static_cast<int>(index), " has a total capacity of ",
+      mebibytes(limit), " of which ", mebibytes(limit - used), " is free. Of the allocated memory ",
+      mebibytes(used), " is allocated by PyTorch.");
+}
+
+// Take `bytes` of the limit.
 void reserve(int64_t bytes, c10::DeviceIndex index) {
   auto& state = device_state(index);
   const int64_t limit = state.memory_limit;
   const int64_t now = state.allocated += bytes;
   if (limit > 0 && now > limit) {
-    const int64_t before = state.allocated -= bytes;
-    ++state.out_of_memory;
-    TORCH_CHECK_WITH(
-        OutOfMemoryError, false, "Simulated device out of memory. Tried to allocate ",
-        mebibytes(bytes), ". Device ", static_cast<int>(index), " has a total capacity of ",
-        mebibytes(limit), " of which ", mebibytes(limit - before), " is free. Of the allocated "
-        "memory ", mebibytes(before), " is allocated by PyTorch.");
+    state.allocated -= bytes;
+    refuse(bytes, index);
   }
   int64_t peak = state.peak;
   while (now > peak && !state.peak.compare_exchange_weak(peak, now)) {
@@ -104,10 +112,11 @@ c10::DataPtr adopt(c10::DataPtr host, size_t bytes, c10::DeviceIndex index) {
 }
 
 c10::DataPtr allocate(size_t bytes, c10::DeviceIndex index) {
-  // Reserved twice only for a moment, and never above the limit without an error.
-  auto& state = device_state(index);
-  if (state.memory_limit > 0 && state.allocated + static_cast<int64_t>(bytes) > state.memory_limit) {
-    reserve(static_cast<int64_t>(bytes), index); // throws, before the host is asked for memory
+  // Before the host is asked, which may have less than a limit in the terabytes.
+  const auto& state = device_state(index);
+  if (state.memory_limit > 0 &&
+      state.allocated + static_cast<int64_t>(bytes) > state.memory_limit) {
+    refuse(static_cast<int64_t>(bytes), index);
   }
   return adopt(c10::GetCPUAllocator()->allocate(bytes), bytes, index);
 }
@@ -157,7 +166,6 @@ constexpr DeviceName kDeviceNames[] = {
     {"allocated", &DeviceState::allocated, false},
     {"peak", &DeviceState::peak, false},
     {"launches", &DeviceState::launches, true},
-    {"views", &DeviceState::views, true},
     {"uploads", &DeviceState::uploads, true},
     {"uploaded_bytes", &DeviceState::uploaded_bytes, true},
     {"blocking_uploads", &DeviceState::blocking_uploads, true},

@@ -24,7 +24,6 @@ struct DeviceState {
   Number failed{0};
   // Counters.
   Number launches{0};
-  Number views{0};
   Number uploads{0};
   Number uploaded_bytes{0};
   Number blocking_uploads{0};

@@ -1,0 +1,173 @@
+"""The fixtures of the suite. Registered by the plugin, so that no conftest has to be found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from drivetrain_interfaces import StrategyContext, World
+
+from drivetrain_conformance.outcomes import BY_DECLARATION, NOT_HERE
+from drivetrain_conformance.run import RUN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from drivetrain_interfaces import (
+        Accelerator,
+        Backend,
+        BackendSpec,
+        CheckpointIO,
+        Collectives,
+        Precision,
+        Probe,
+        Strategy,
+    )
+
+    from drivetrain_conformance.support.setups import Setup
+    from drivetrain_conformance.target import Target
+
+    Bind = Callable[..., Strategy]
+    Build = Callable[..., Setup]
+
+#: In which of the declared precisions tests run that are not about precision: the first of these.
+USUAL_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
+
+
+def usual_precision(target: Target) -> str:
+    """The precision for tests that are not about precision."""
+    declared = target.capabilities.precisions
+    for name in (*USUAL_PRECISIONS, *sorted(declared)):
+        if name in declared:
+            return name
+    pytest.fail("R: B4: a backend declares at least one precision, and this one declares none")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that takes ``declared_precision`` once for each of them."""
+    run = metafunc.config.stash.get(RUN, None)
+    if run is None or "declared_precision" not in metafunc.fixturenames:
+        return
+    names = sorted(run.target.capabilities.precisions) or ["none"]
+    metafunc.parametrize("declared_precision", names)
+
+
+@pytest.fixture(scope="session")
+def target(pytestconfig: pytest.Config) -> Target:
+    """What is under test."""
+    return pytestconfig.stash[RUN].target
+
+
+@pytest.fixture(scope="session")
+def spec(target: Target) -> BackendSpec:
+    """The backend's spec."""
+    return target.spec
+
+
+@pytest.fixture(scope="session")
+def found_devices(spec: BackendSpec) -> Probe:
+    """What the probe found on this machine."""
+    return spec.probe()
+
+
+@pytest.fixture(scope="session")
+def backend(spec: BackendSpec, found_devices: Probe) -> Backend:
+    """The backend. Without a device a test is skipped if the backend does not even load."""
+    if found_devices.devices:
+        return spec.load()
+    try:
+        return spec.load()
+    except Exception as error:  # noqa: BLE001 - whatever the vendor's library raises when it is missing
+        pytest.skip(f"{NOT_HERE}the backend does not load here ({type(error).__name__}: {error})")
+
+
+@pytest.fixture(scope="session")
+def device_backend(backend: Backend, found_devices: Probe) -> Backend:
+    """The backend, for a test that uses a device. Skipped where the probe found none."""
+    if not found_devices.devices:
+        pytest.skip(f"{NOT_HERE}the probe found no device: {found_devices.reason}")
+    return backend
+
+
+@pytest.fixture
+def accelerator(device_backend: Backend) -> Iterator[Accelerator]:
+    """A new accelerator that is closed afterwards."""
+    made = device_backend.accelerator()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def checkpoint_io(backend: Backend) -> CheckpointIO:
+    """A new checkpoint IO."""
+    return backend.checkpoint_io()
+
+
+@pytest.fixture
+def bind(device_backend: Backend, target: Target) -> Iterator[Bind]:
+    """Makes strategies that are bound to this process, and closes them afterwards.
+
+    Arguments are ``precision`` (a name or an object), ``name`` of the strategy, ``world``,
+    ``collectives``, ``sync_batchnorm`` and ``options``.
+    """
+    made: list[Any] = []
+
+    def bind_one(
+        precision: str | Precision | None = None,
+        *,
+        name: str | None = None,
+        world: World | None = None,
+        collectives: Collectives | None = None,
+        sync_batchnorm: bool = False,
+        options: dict[str, Any] | None = None,
+    ) -> Strategy:
+        if precision is None:
+            precision = usual_precision(target)
+        if isinstance(precision, str):
+            precision = device_backend.precision(precision)
+        accelerator = device_backend.accelerator()
+        made.append(accelerator)
+        context = StrategyContext(
+            accelerator=accelerator,
+            device_index=0,
+            world=world or World(),
+            collectives=collectives or device_backend.collectives(World()),
+            precision=precision,
+            sync_batchnorm=sync_batchnorm,
+            options=options or {},
+        )
+        strategy = target.make_strategy(
+            device_backend, name or target.one_device_strategy, context
+        )
+        made.append(strategy)
+        return strategy
+
+    yield bind_one
+    for part in reversed(made):
+        part.close()
+
+
+@pytest.fixture
+def build(device_backend: Backend, bind: Bind, target: Target) -> Build:
+    """Makes a ``Setup``: a strategy, a module on it, optimizers and a train step.
+
+    Takes ``precision`` (a name), ``sync_batchnorm`` and what ``make_setup`` takes.
+    """
+    from drivetrain_conformance.support.setups import make_setup
+
+    def build_one(
+        precision: str | None = None, *, sync_batchnorm: bool = False, **settings: Any
+    ) -> Setup:
+        made = device_backend.precision(precision or usual_precision(target))
+        return make_setup(bind(made, sync_batchnorm=sync_batchnorm), made, **settings)
+
+    return build_one
+
+
+@pytest.fixture
+def scaled_precision(backend: Backend, target: Target) -> str:
+    """A declared precision that scales the loss. Skipped where there is none."""
+    for name in sorted(target.capabilities.precisions):
+        if backend.precision(name).policy.loss_scaling:
+            return name
+    pytest.skip(f"{BY_DECLARATION}no precision scales the loss")

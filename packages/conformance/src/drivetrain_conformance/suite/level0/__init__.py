@@ -1,0 +1,1 @@
+"""Level 0 runs anywhere: import, metadata, probe, refusals, messages."""

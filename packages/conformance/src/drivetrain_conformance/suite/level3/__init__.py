@@ -1,0 +1,1 @@
+"""Level 3 compares loss curves with recorded ones."""

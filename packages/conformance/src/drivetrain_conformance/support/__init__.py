@@ -1,0 +1,1 @@
+"""What tests of the suite share: models, data, tolerances, faults. No test is in here."""
