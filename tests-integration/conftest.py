@@ -164,8 +164,14 @@ class Starter:
         self, script: str, *arguments: str, by: tuple[str, ...] = (), env: dict[str, str] | None = None
     ) -> Running:
         """Start a script of ``scripts``; ``by`` goes between the interpreter and the script."""
-        command = [sys.executable, *by, str(SCRIPTS / script), *arguments]
-        self._started.append(Running(command, self.folder, env or {}))
+        return self._start([*by, str(SCRIPTS / script), *arguments], env or {})
+
+    def command(self, *words: str) -> Running:
+        """Start ``drivetrain`` with these words, where it can import what scripts share."""
+        return self._start(["-m", "drivetrain", *words], {"PYTHONPATH": str(SCRIPTS)})
+
+    def _start(self, words: list[str], env: dict[str, str]) -> Running:
+        self._started.append(Running([sys.executable, *words], self.folder, env))
         return self._started[-1]
 
     def run(self, script: str, *arguments: str, **options: Any) -> Running:

@@ -63,7 +63,7 @@ class Endless(IterableDataset):
 def _seen(model: Module | None = None, train: Any = None, **settings: Any) -> str:
     model = model or Noted()
     trainer = Trainer(**{**QUIET, "logger": False, **settings})
-    trainer.fit(model, train or _batches(), _batches(1))
+    trainer.fit(model, _batches() if train is None else train, _batches(1))
     return model.seen
 
 

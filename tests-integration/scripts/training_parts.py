@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from drivetrain import Callback, Module
+from drivetrain import Callback, DataModule, Module
 
 
 class Samples(Dataset):
@@ -75,6 +75,16 @@ class Regression(Module):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
+
+
+class Data(DataModule):
+    """The loaders of ``loader``, for the command line."""
+
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+    def val_dataloader(self) -> DataLoader:
+        return loader(16, shuffle=False)
 
 
 class Recorder(Callback):

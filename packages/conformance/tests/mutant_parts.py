@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from drivetrain_interfaces import UnsupportedError
+from drivetrain_interfaces import UnavailableError, UnsupportedError
 from drivetrain_interfaces.errors import listed
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives, TorchCollectives
@@ -21,7 +23,9 @@ BACKENDS: dict[str, type[Good]] = {}
 
 
 def backend(name: str) -> Backend:
-    """The backend of that name."""
+    """The backend of that name; its module registers it when it is imported."""
+    for module in ("mutant_steps", "mutant_precisions", "mutant_states", "mutant_ranks"):
+        importlib.import_module(module)
     return BACKENDS[name]()
 
 
@@ -35,8 +39,6 @@ class Accelerator:
         return 2
 
     def activate(self, index: int, local_size: int) -> torch.device:
-        from drivetrain_interfaces import UnavailableError
-
         if not 0 <= index < self.device_count():
             raise UnavailableError(
                 f"Device {index} of 'good' was asked for, which has {self.device_count()}.",
@@ -146,9 +148,7 @@ class one_accelerator_for_all(Good):
 
 class facts_of_another(Good):
     class accelerator_type(Accelerator):
-        from dataclasses import replace as _replace
-
-        facts = _replace(FACTS, default_devices=7)
+        facts = replace(FACTS, default_devices=7)
 
 
 class accelerator_without_close(Good):

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import os
 
-import mutants
+from drivetrain_interfaces import BackendSpec, Capabilities, ContractVersion, DeviceFacts, Probe
+from drivetrain_toolkit.specs import DDP_FEATURES, PRECISIONS
 
+
+def _load():
+    from mutant_parts import backend
+
+    return backend("good")
+
+
+spec = BackendSpec(
+    name="good",
+    contract=ContractVersion(0, 1),
+    capabilities=Capabilities(features=DDP_FEATURES, precisions=PRECISIONS),
+    facts=DeviceFacts("cpu", "gloo", "cpu", default_devices=1, indexed=False),
+    strategies=("single_device", "ddp"),
+    probe=lambda: Probe(2),
+    load=_load,
+)
 os.environ["ACME_WAS_HERE"] = "1"
-spec = mutants.good

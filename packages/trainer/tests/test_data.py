@@ -307,7 +307,7 @@ def test_any_iterable_is_a_loader():
 
 @pytest.mark.parametrize(
     ("training", "distribute", "says"),
-    [(True, True, True), (False, True, False), (True, False, False)],
+    [(True, True, True), (False, True, True), (True, False, False)],
 )
 def test_on_several_ranks_it_is_said_that_each_reads_the_same(training, distribute, says):
     one = feed([1, 2], 0, 2, training=training, distribute=distribute)

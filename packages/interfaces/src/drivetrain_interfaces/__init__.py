@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.strategy import StrategyContext as StrategyContext
     from drivetrain_interfaces.strategy import StrategyFactory as StrategyFactory
     from drivetrain_interfaces.strategy import SupportsManualStep as SupportsManualStep
-    from drivetrain_interfaces.strategy import refuse_what_is_newer as refuse_what_is_newer
     from drivetrain_interfaces.strategy import TrainStep as TrainStep
+    from drivetrain_interfaces.strategy import refuse_what_is_newer as refuse_what_is_newer
 
 _NAMES = {
     "accelerator": ("Accelerator", "DeviceFacts", "SupportsMemoryStats", "SupportsRng"),

@@ -36,6 +36,12 @@ class DrivetrainError(Exception):
         super().__init__(message, hint)
         self.message = message
         self.hint = hint
+        self._problems: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def problems(self) -> tuple[tuple[str, str], ...]:
+        """Every ``(what is wrong, what to do)`` in it: one, unless it lists several conflicts."""
+        return self._problems or ((self.message, self.hint),)
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.message, self.hint, f"[{self.code}]") if part)
@@ -107,7 +113,9 @@ class ConfigurationError(DrivetrainError, ValueError):
         if len(problems) == 1:
             return cls(*problems[0])
         lines = "".join(f"\n  {n}. {what} {do}" for n, (what, do) in enumerate(problems, 1))
-        return cls(f"{len(problems)} settings cannot be met:{lines}\n", "Change all of them.")
+        error = cls(f"{len(problems)} settings cannot be met:{lines}\n", "Change all of them.")
+        error._problems = tuple(problems)
+        return error
 
 
 class ClusterError(DrivetrainError, ValueError):

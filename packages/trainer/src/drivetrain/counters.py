@@ -31,6 +31,11 @@ class Progress:
     epoch_open: bool = False
     elapsed: float = 0.0
 
+    @property
+    def attempts(self) -> int:
+        """Windows that were trained on, applied or not."""
+        return self.global_step + self.skipped
+
     def state_dict(self) -> dict[str, Any]:
         """The counters as JSON values."""
         return asdict(self)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from torch.utils.data import (
 from drivetrain.sampling import DealtBatches, drawn_by, epoch_seed, in_sequence, shuffled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from drivetrain_interfaces import World
 
@@ -122,8 +123,13 @@ def feed_of(
             "Give it data, or a batch size that is not larger than the data set with drop_last.",
         )
     if not (isinstance(loader, DataLoader) and _is_ours_to_deal(loader)):
+        if isinstance(loader, Iterator):
+            raise DataError(
+                f"The {name} is an iterator, which can be read only once.",
+                "Give an iterable that starts anew each time, such as a list or a DataLoader.",
+            )
         notice = ""
-        if world.size > 1 and training and distribute:
+        if world.size > 1 and distribute:
             notice = (
                 f"The {name} is used as it is on each of the {world.size} ranks; it must itself "
                 "give each rank its own part."

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from drivetrain_interfaces import ManualStep, UserCodeError
+from drivetrain_interfaces import DataError, ManualStep, UserCodeError
 
 from drivetrain.callbacks.base import Moment
 from drivetrain.evaluate import evaluate
@@ -109,7 +109,7 @@ def fit(run: FitRun) -> None:
     run.hooks.call("on_train_start")
     while not run.finished:
         _epoch(run)
-    run.losses.check(run.progress.epoch, run.progress.global_step)
+    run.losses.check(run.progress.epoch, run.progress.attempts)
     # Before on_train_end, so that the file holds exactly the state that training ended with.
     _offer_save(run, Moment.INTERRUPTED if run.stopped else Moment.END)
     run.hooks.call("on_train_end")
@@ -149,15 +149,21 @@ def _windows(run: FitRun, stream: Iterator[Any]) -> bool:
     starts = run.hooks.table("on_train_batch_start", 2)
     ends = run.hooks.table("on_train_batch_end", 3)
     savers = run.hooks.table("on_save_opportunity", 1)
-    step_schedulers = [each for each in run.schedulers if each.interval == "step"]
+    step_schedulers = [each for each in _automatic(run) if each.interval == "step"]
     validates_inside = run.validation is not None and _interval(run) is not None
+    cut = False
     while _may_begin(run):
         window = list(islice(stream, size))
         first, before = progress.batch, progress.global_step
         if starts and _cut_short(starts, window, first):
-            stream = iter(())
+            stream, cut = iter(()), True
         if not window:
             run.windows -= 1
+            if not first and not cut:
+                raise DataError(
+                    f"The train loader gave no batch in epoch {progress.epoch}.",
+                    "Give an iterable that can be read once per epoch and holds data.",
+                )
             return True
         result = train_window(window, first)
         progress.batch = first + len(window)
@@ -194,9 +200,9 @@ def _may_begin(run: FitRun) -> bool:
 
 def _count(run: FitRun, result: StepResult) -> None:
     """Counters follow what was applied, not what was tried."""
+    run.losses.add(result.loss)
     if result.applied:
         run.progress.global_step += 1
-        run.losses.add(result.loss)
     else:
         run.progress.skipped += 1
         run.hooks.call("on_step_skipped")
@@ -227,7 +233,7 @@ def _reached_end(run: FitRun) -> bool:
 
 def log_point(run: FitRun, result: StepResult | None) -> None:
     """Read back what was logged, check the losses, and hand values to whoever wants them."""
-    run.losses.check(run.progress.epoch, run.progress.global_step)
+    run.losses.check(run.progress.epoch, run.progress.attempts)
     logged = run.metrics.step_values()
     if result is not None and result.grad_norm is not None:
         logged.everything["grad_norm"] = logged.logger["grad_norm"] = float(result.grad_norm)
@@ -235,19 +241,24 @@ def log_point(run: FitRun, result: StepResult | None) -> None:
 
 
 def _end_epoch(run: FitRun) -> None:
-    run.losses.check(run.progress.epoch, run.progress.global_step)
+    run.losses.check(run.progress.epoch, run.progress.attempts)
     metrics = run.metrics
     run.trainer.publish(metrics.epoch_values())
     metrics.between_batches = True
     run.hooks.call("on_train_epoch_end")
     metrics.between_batches = False
     run.trainer.publish(metrics.epoch_values())
-    for each in run.schedulers:
+    for each in _automatic(run):
         if each.interval == "epoch":
             _step_scheduler(run, each, run.progress.epoch + 1)
     run.progress.next_epoch()
     run.sample_offset = 0
     _offer_save(run, Moment.EPOCH)
+
+
+def _automatic(run: FitRun) -> list[Scheduled]:
+    """The schedulers that the loop steps; in manual optimization the user's code does."""
+    return run.schedulers if run.module.automatic_optimization else []
 
 
 def _step_scheduler(run: FitRun, each: Scheduled, count: int) -> None:

@@ -33,7 +33,7 @@ class LossWatch:
 
         Args:
             epoch: The current epoch, for the message.
-            steps: Optimizer steps that were applied; the newest loss is that of the last one.
+            steps: Windows trained on so far; the newest loss is that of the last one.
 
         Raises:
             NonFiniteLossError: A loss is not finite and the policy is ``"raise"``.

@@ -393,7 +393,10 @@ def _to_host(values: Sequence[Any]) -> list[float]:
     devices = {value.device for value in on_device}
     if len(devices) > 1:
         return [float(value) for value in values]
-    read = iter(torch.stack([value.detach().reshape(()).float() for value in on_device]).tolist())
+    # Counts and doubles keep their digits; a device without doubles cannot hold them anyway.
+    wide = any(value.dtype in {torch.int64, torch.float64} for value in on_device)
+    kind = torch.float64 if wide else torch.float32
+    read = iter(torch.stack([value.detach().reshape(()).to(kind) for value in on_device]).tolist())
     return [next(read) if isinstance(value, torch.Tensor) else float(value) for value in values]
 
 

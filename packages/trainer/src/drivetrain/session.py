@@ -162,6 +162,8 @@ class Session:
             if validation is not None and tree is None and self.settings.num_sanity_val_steps:
                 self._sanity_check(validation)
             fit(run)
+            # Rank 0 may hold the store that the other ranks' stop threads still look at.
+            self.stack.collectives.barrier()
         self.trainer.interrupted = stop.signal
         self.hooks.call("on_fit_end")
 
@@ -315,6 +317,8 @@ class Session:
             )
             for loader in loaders_of(given)
         ]
+        for notice in dict.fromkeys(feed.notice for feed in feeds):
+            self._say(notice)
         limits = [self._limit(name, feed.length) for feed in feeds]
         self.trainer.limits[_KINDS[stage]] = limits
         if not required and all(limit == 0 for limit in limits):
@@ -416,7 +420,7 @@ class Session:
 
     def _say(self, notice: str) -> None:
         if notice and self.stack.world.is_main:
-            log.info("%s", notice)
+            log.warning("%s", notice)
 
 
 class determinism:  # noqa: N801 - used as a function

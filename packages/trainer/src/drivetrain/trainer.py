@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from drivetrain_interfaces import ConfigurationError, Feature, StorageError, UserCodeError, World
+from drivetrain_interfaces import (
+    ConfigurationError,
+    DrivetrainError,
+    Feature,
+    StorageError,
+    UserCodeError,
+    World,
+)
 
 from drivetrain import snapshot
 from drivetrain.datamodule import DataModule
@@ -22,7 +29,7 @@ from drivetrain.stopping import Interrupted
 
 if TYPE_CHECKING:
     import signal
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import timedelta
 
     import torch
@@ -124,7 +131,10 @@ class Trainer:
         cluster_environment: Any = "auto",
         gpus: Any = None,
     ) -> None:
-        self.settings = Settings(
+        problems: list[DrivetrainError] = []
+        settings = _attempt(
+            problems,
+            Settings,
             max_epochs=1 if fast_dev_run else max_epochs,
             max_steps=max_steps,
             max_time=max_time,
@@ -144,10 +154,12 @@ class Trainer:
             log_every_n_steps=log_every_n_steps,
             nan_loss=nan_loss,
         )
-        wants = self.settings.wants
+        wants = settings.wants if settings else ()
         if deterministic is True:
             wants += (Want(Feature.DETERMINISTIC, "deterministic=True"),)
-        self.runtime = Runtime(
+        runtime = _attempt(
+            problems,
+            Runtime,
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
@@ -160,6 +172,9 @@ class Trainer:
             sync_batchnorm=sync_batchnorm,
             wants=wants,
         )
+        if settings is None or runtime is None:
+            raise _together(problems)
+        self.settings, self.runtime = settings, runtime
         self.deterministic = deterministic
         self.default_root_dir = os.fspath(default_root_dir) if default_root_dir else os.getcwd()
         writes = default_root_dir is not None
@@ -269,7 +284,7 @@ class Trainer:
                 "Call it from a hook, or add a ModelCheckpoint callback.",
             )
         progress = self._run.progress
-        self._run.losses.check(progress.epoch, progress.global_step)
+        self._run.losses.check(progress.epoch, progress.attempts)
         tree = snapshot.collect(self._run, weights_only=weights_only)
         snapshot.write_checkpoint(tree, os.fspath(path), self._run.stack)
 
@@ -484,6 +499,25 @@ class Trainer:
     def __getstate__(self) -> dict[str, Any]:
         live: dict[str, Any] = {"_run": None, "metrics": None, "optimizers": [], "schedulers": []}
         return {**self.__dict__, **live}
+
+
+T = TypeVar("T")
+
+
+def _attempt(problems: list[DrivetrainError], make: Callable[..., T], **arguments: Any) -> T | None:
+    """What ``make`` makes; None, and its error among the problems, if it cannot."""
+    try:
+        return make(**arguments)
+    except DrivetrainError as problem:
+        problems.append(problem)
+        return None
+
+
+def _together(problems: list[DrivetrainError]) -> DrivetrainError:
+    """One error for all of them, so that nobody has to correct arguments one by one."""
+    if len(problems) == 1:
+        return problems[0]
+    return ConfigurationError.conflicts([each for one in problems for each in one.problems])
 
 
 def _listed(given: Any | Sequence[Any] | None) -> list[Any]:

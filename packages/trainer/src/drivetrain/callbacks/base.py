@@ -24,7 +24,7 @@ class Moment(str, Enum):
     END = "end"
     """When ``fit`` has reached its limit."""
     INTERRUPTED = "interrupted"
-    """When ``fit`` stops on a signal."""
+    """When ``fit`` stops before its limit: on a signal, or after ``max_time``."""
 
 
 class Callback:

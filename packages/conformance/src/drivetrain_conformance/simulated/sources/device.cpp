@@ -343,6 +343,10 @@ int64_t initial_seed(int64_t index) {
 }
 
 TORCH_LIBRARY_FRAGMENT(drivetrain_sim, library) {
+  library.def("current_device() -> int", [] { return static_cast<int64_t>(current_device()); });
+  library.def("set_device(int device) -> ()", [](int64_t index) {
+    set_current_device(static_cast<c10::DeviceIndex>(index));
+  });
   library.def("rng_state(int device) -> Tensor", &rng_state);
   library.def("set_rng_state(Tensor state, int device) -> ()", &set_rng_state);
   library.def("seed(int value, int device) -> ()", &seed);

@@ -157,23 +157,22 @@ using drivetrain_sim::Number;
 struct DeviceName {
   const char* name;
   Number DeviceState::*member;
-  bool counter;
 };
 constexpr DeviceName kDeviceNames[] = {
-    {"memory_limit", &DeviceState::memory_limit, false},
-    {"launches_until_failure", &DeviceState::launches_until_failure, false},
-    {"failed", &DeviceState::failed, false},
-    {"allocated", &DeviceState::allocated, false},
-    {"peak", &DeviceState::peak, false},
-    {"launches", &DeviceState::launches, true},
-    {"uploads", &DeviceState::uploads, true},
-    {"uploaded_bytes", &DeviceState::uploaded_bytes, true},
-    {"blocking_uploads", &DeviceState::blocking_uploads, true},
-    {"downloads", &DeviceState::downloads, true},
-    {"downloaded_bytes", &DeviceState::downloaded_bytes, true},
-    {"device_copies", &DeviceState::device_copies, true},
-    {"synchronizations", &DeviceState::synchronizations, true},
-    {"out_of_memory", &DeviceState::out_of_memory, true},
+    {"memory_limit", &DeviceState::memory_limit},
+    {"launches_until_failure", &DeviceState::launches_until_failure},
+    {"failed", &DeviceState::failed},
+    {"allocated", &DeviceState::allocated},
+    {"peak", &DeviceState::peak},
+    {"launches", &DeviceState::launches},
+    {"uploads", &DeviceState::uploads},
+    {"uploaded_bytes", &DeviceState::uploaded_bytes},
+    {"blocking_uploads", &DeviceState::blocking_uploads},
+    {"downloads", &DeviceState::downloads},
+    {"downloaded_bytes", &DeviceState::downloaded_bytes},
+    {"device_copies", &DeviceState::device_copies},
+    {"synchronizations", &DeviceState::synchronizations},
+    {"out_of_memory", &DeviceState::out_of_memory},
 };
 
 struct GlobalName {
@@ -224,13 +223,4 @@ extern "C" int64_t drivetrain_sim_get(const char* name, int device) {
 
 extern "C" int drivetrain_sim_max_devices() {
   return drivetrain_sim::kMaxDevices;
-}
-
-extern "C" void drivetrain_sim_reset_counters(int device) {
-  auto& state = drivetrain_sim::device_state(static_cast<c10::DeviceIndex>(device));
-  for (const auto& each : kDeviceNames) {
-    if (each.counter) {
-      state.*each.member = 0;
-    }
-  }
 }
