@@ -242,3 +242,12 @@ def release(session: nox.Session) -> None:
     """Prepare a release: ``nox -s release -- cpu [--dry-run]``."""
     session.install("-q", *CONSTRAINTS, "packaging", "towncrier")
     session.run("python", "ci/release.py", *session.posargs)
+
+
+@nox.session(default=False)
+def benchmarks(session: nox.Session) -> None:
+    """Measure beside other frameworks: ``nox -s benchmarks -- step_overhead [options]``."""
+    peers = ("lightning", "accelerate", "pytorch-ignite")
+    session.install("-q", *CONSTRAINTS, *peers, *editable(["interfaces", "toolkit", "cpu", "trainer"]))
+    name, *options = session.posargs or ["step_overhead"]
+    session.run("python", f"benchmarks/{name}.py", *options)

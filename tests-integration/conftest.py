@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,10 +130,8 @@ class Running:
     def sweep(self) -> None:
         """Kill whatever is left of its session."""
         for pid in _session(self.process.pid):
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         self.process.wait()
         self._reader.join(5.0)
 
@@ -161,7 +160,11 @@ class Starter:
         self._started: list[Running] = []
 
     def __call__(
-        self, script: str, *arguments: str, by: tuple[str, ...] = (), env: dict[str, str] | None = None
+        self,
+        script: str,
+        *arguments: str,
+        by: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
     ) -> Running:
         """Start a script of ``scripts``; ``by`` goes between the interpreter and the script."""
         return self._start([*by, str(SCRIPTS / script), *arguments], env or {})

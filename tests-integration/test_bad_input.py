@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from drivetrain import Callback, Module, Trainer
+from drivetrain.callbacks import ModelCheckpoint
+from drivetrain_cpu import spec as cpu
 from drivetrain_interfaces import (
     BackendSpec,
     Capabilities,
@@ -31,10 +34,6 @@ from drivetrain_interfaces.devices import parse_devices
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from drivetrain import Callback, Module, Trainer
-from drivetrain.callbacks import ModelCheckpoint
-from drivetrain_cpu import spec as cpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -170,9 +169,7 @@ def test_an_accelerator_without_devices_gives_the_reason_of_its_probe() -> None:
 
 
 def test_more_devices_than_there_are_is_refused() -> None:
-    two = dataclasses.replace(
-        cpu, name="npu", probe=lambda: Probe(2), parse_devices=parse_devices
-    )
+    two = dataclasses.replace(cpu, name="npu", probe=lambda: Probe(2), parse_devices=parse_devices)
     _refused(
         ConfigurationError,
         "DT201",
@@ -249,9 +246,7 @@ def test_an_ability_that_the_backend_lacks_is_refused_at_construction(
     feature: Feature, settings: dict[str, Any], named: str
 ) -> None:
     fewer = _backend(features=cpu.capabilities.features - {feature})
-    _refused(
-        UnsupportedError, "DT105", named, act=lambda: Trainer(accelerator=fewer, **settings)
-    )
+    _refused(UnsupportedError, "DT105", named, act=lambda: Trainer(accelerator=fewer, **settings))
 
 
 def test_manual_optimization_is_refused_where_the_engine_owns_the_step() -> None:
@@ -327,7 +322,9 @@ def test_a_checkpoint_is_not_saved_from_a_broken_loss(tmp_path: Path) -> None:
 
 
 def test_a_module_that_is_none_is_refused_with_the_way_out() -> None:
-    _refused(UserCodeError, "DT204", "Linear", "FunctionalModule", act=lambda: _fit(nn.Linear(1, 1)))
+    _refused(
+        UserCodeError, "DT204", "Linear", "FunctionalModule", act=lambda: _fit(nn.Linear(1, 1))
+    )
 
 
 @pytest.mark.parametrize(
@@ -381,9 +378,7 @@ def test_a_loader_that_yields_nothing_is_refused() -> None:
         def __iter__(self) -> Any:
             return iter(())
 
-    _refused(
-        DataError, "DT203", "train loader", act=lambda: _fit(Line(), Nothing(), max_steps=3)
-    )
+    _refused(DataError, "DT203", "train loader", act=lambda: _fit(Line(), Nothing(), max_steps=3))
 
 
 def test_what_cannot_be_iterated_is_no_loader() -> None:

@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
 from drivetrain import Callback, DataModule, FunctionalModule, Module, Trainer
 from drivetrain.callbacks.base import Moment
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,11 +37,7 @@ def _network() -> nn.Sequential:
 
 # The order of the hooks
 
-HOOKS = [
-    name
-    for name in vars(Callback)
-    if name.startswith("on_") or name in {"setup", "teardown"}
-]
+HOOKS = [name for name in vars(Callback) if name.startswith("on_") or name in {"setup", "teardown"}]
 
 
 def _spy(name: str, log: list[str], label: str) -> Callable[..., None]:

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from drivetrain import Callback, DataModule, Module, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-
-from drivetrain import Callback, DataModule, Module, Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -273,7 +272,11 @@ def test_the_csv_file_holds_every_log_point(tmp_path: Path) -> None:
 
 def test_gradient_norms_are_logged_when_they_are_clipped(tmp_path: Path) -> None:
     trainer = Trainer(
-        **QUIET, max_epochs=1, log_every_n_steps=1, gradient_clip_val=1e-3, default_root_dir=tmp_path
+        **QUIET,
+        max_epochs=1,
+        log_every_n_steps=1,
+        gradient_clip_val=1e-3,
+        default_root_dir=tmp_path,
     )
     trainer.fit(Noted(), _batches(2))
     with (tmp_path / "metrics.csv").open(newline="") as file:

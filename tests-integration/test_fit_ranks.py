@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
+from drivetrain import Callback, Module, Runtime, Trainer, seed_everything
+from drivetrain.callbacks import EarlyStopping
 from torch import nn
 from torch.utils.data import DataLoader
 from training_parts import Recorder, Regression, Samples, loader
-
-from drivetrain import Callback, Module, Runtime, Trainer, seed_everything
-from drivetrain.callbacks import EarlyStopping
 
 if TYPE_CHECKING:
     from conftest import Starter

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from drivetrain import Trainer
 from drivetrain_interfaces import ProcessFailedError
 from training_parts import At, Recorder, Regression, loader
-
-from drivetrain import Trainer
 
 if TYPE_CHECKING:
     from conftest import Running, Starter

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import random
 import signal
-from pathlib import Path
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from drivetrain import Callback, Interrupted, Trainer, seed_everything
+from drivetrain.callbacks import EarlyStopping, ModelCheckpoint
+from drivetrain.callbacks.base import Moment
 from drivetrain_interfaces import CheckpointError
 from training_parts import At, Recorder, Regression, loader
 
-from drivetrain import Callback, Trainer, seed_everything
-from drivetrain.callbacks import EarlyStopping
-from drivetrain.callbacks.base import Moment
-
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from conftest import Running, Starter
 
 EPOCHS = 3
@@ -99,11 +100,15 @@ def _of_the_last_process(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return events[starts[-1] + 1 :]
 
 
-# Saved after any window
+# Saved at any moment
 
 
-class SaveEach(Callback):
-    """Saves after every window, also one whose update was not applied."""
+class SaveAlways(Callback):
+    """Saves whenever it can: after windows (also skipped ones), validations, epochs, and the fit.
+
+    Attributes:
+        paths: Each file, and how many events had happened when it was saved.
+    """
 
     saves_checkpoints = True
 
@@ -112,10 +117,9 @@ class SaveEach(Callback):
         self.paths: list[tuple[int, Path]] = []
 
     def on_save_opportunity(self, trainer: Any, module: Any, moment: Moment) -> None:
-        if moment is Moment.STEP:
-            path = self.folder / f"{trainer.current_epoch}-{trainer.batch_idx}.ckpt"
-            trainer.save_checkpoint(path)
-            self.paths.append((len(_events(self.folder)), path))
+        name = f"{trainer.current_epoch}-{trainer.batch_idx}-{moment.value}.ckpt"
+        trainer.save_checkpoint(self.folder / name)
+        self.paths.append((len(_events(self.folder)), self.folder / name))
 
 
 class Noisy(Regression):
@@ -139,12 +143,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_resume_from_any_window_does_exactly_what_was_left(tmp_path: Path, variant: str) -> None:
+def test_a_resume_from_any_moment_does_exactly_what_was_left(tmp_path: Path, variant: str) -> None:
     settings = {**QUIET, "max_epochs": 2, "logger": False, **VARIANTS[variant]}
     whole = tmp_path / "whole"
     whole.mkdir()
     seed_everything(5)
-    saver = SaveEach(whole)
+    saver = SaveAlways(whole)
     trainer = Trainer(**settings, callbacks=[saver, Recorder(str(whole))])
     trainer.fit(Noisy(), loader(28), loader(16, shuffle=False))
     expected = _events(whole)
@@ -166,7 +170,7 @@ def test_a_scaler_goes_on_where_it_was(tmp_path: Path) -> None:
     """The first updates overflow, so that a fresh scale would skip updates again."""
     settings = {**QUIET, "precision": "16-mixed", "logger": False}
     first, second = Skips(), Skips()
-    saver = SaveEach(tmp_path)
+    saver = SaveAlways(tmp_path)
     trainer = Trainer(**settings, max_epochs=1, callbacks=[saver, first, Recorder(str(tmp_path))])
     trainer.fit(Loud(), loader())
     assert first.count > 0
@@ -193,12 +197,12 @@ class Skips(Callback):
 
 
 def test_what_the_last_batch_of_an_epoch_still_owes_runs_once(tmp_path: Path) -> None:
-    saver = SaveEach(tmp_path)
+    saver = SaveAlways(tmp_path)
     settings = {**QUIET, "max_epochs": 2, "logger": False}
     Trainer(**settings, callbacks=[saver, Recorder(str(tmp_path))]).fit(
         Regression(), loader(), loader(16, shuffle=False)
     )
-    path = tmp_path / "0-12.ckpt"
+    path = tmp_path / "0-12-step.ckpt"
     part = tmp_path / "part"
     part.mkdir()
     Trainer(**settings, callbacks=[Recorder(str(part))]).fit(
@@ -208,6 +212,84 @@ def test_what_the_last_batch_of_an_epoch_still_owes_runs_once(tmp_path: Path) ->
     beginning = ["train_start", "validation_end", "epoch_end", "epoch_start", "batch"]
     assert names[:5] == beginning
     assert [names.count(name) for name in ("validation_end", "epoch_end")] == [2, 2]
+
+
+# Stopped
+
+
+class Signals(Callback):
+    """Sends a signal to its own process in a hook of an epoch's batch.
+
+    Args:
+        hook: The hook.
+        place: Epoch, and batches done.
+    """
+
+    def __init__(self, hook: str, place: tuple[int, int]) -> None:
+        self.place = place
+        setattr(self, hook, self._maybe)
+
+    def _maybe(self, trainer: Any, *args: Any) -> None:
+        if (trainer.current_epoch, trainer.batch_idx) == self.place:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("hook", "place"),
+    [
+        ("on_train_batch_start", (1, 2)),
+        ("on_train_batch_end", (1, 7)),
+        ("on_validation_batch_end", (0, 7)),
+        ("on_validation_end", (0, 7)),
+        ("on_train_epoch_end", (0, 7)),
+        ("on_train_epoch_start", (1, 0)),
+    ],
+)
+def test_a_run_that_a_signal_stopped_goes_on_bit_for_bit(
+    tmp_path: Path, hook: str, place: tuple[int, int]
+) -> None:
+    settings = {**QUIET, "max_epochs": 2, "logger": False}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name, more in (("whole", []), ("broken", [Signals(hook, place)])):
+        folder = tmp_path / name
+        folder.mkdir()
+        seed_everything(5)
+        saver = ModelCheckpoint(folder / "saved", every_n_epochs=9)
+        trainer = Trainer(**settings, callbacks=[Recorder(str(folder)), *more, saver])
+        stopped = pytest.raises(Interrupted) if more else nullcontext()
+        with stopped:
+            trainer.fit(Noisy(), loader(28), loader(16, shuffle=False))
+        rows[name] = _events(folder)
+    (saved,) = (tmp_path / "broken" / "saved").iterdir()
+    again = Trainer(**settings, callbacks=[Recorder(str(tmp_path / "broken"))])
+    again.fit(Noisy(), loader(28), loader(16, shuffle=False), ckpt_path=saved)
+    kept = {"batch", "validation_end", "epoch_start", "epoch_end"}
+    whole, broken = (
+        [row for row in found if row["event"] in kept]
+        for found in (rows["whole"], _events(tmp_path / "broken"))
+    )
+    assert broken == whole
+
+
+def test_a_finished_run_goes_on_with_more_epochs(tmp_path: Path) -> None:
+    """As if it had been asked for them at once."""
+    rows = []
+    for name, parts in (("whole", [3]), ("parts", [1, 3])):
+        folder, resume = tmp_path / name, None
+        folder.mkdir()
+        seed_everything(5)
+        for epochs in parts:
+            saver = ModelCheckpoint(folder / "saved")
+            callbacks = [Recorder(str(folder)), saver]
+            trainer = Trainer(**QUIET, logger=False, max_epochs=epochs, callbacks=callbacks)
+            model = Noisy("sgd")
+            trainer.fit(model, loader(28), loader(16, shuffle=False), ckpt_path=resume)
+            resume = saver.last_model_path
+        kept = {"batch", "validation_end", "epoch_start", "epoch_end"}
+        rows.append([row for row in _events(folder) if row["event"] in kept])
+    # The file was saved at the validation, so the end of the first epoch is done twice.
+    assert rows[1].pop(10) == rows[0][9]
+    assert rows[1] == rows[0]
 
 
 # Another number of ranks

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from torch.nn.parallel import DistributedDataParallel
-from training_parts import Regression, loader
-
 from drivetrain import Trainer, seed_everything
 
 # changed import
 from drivetrain.plugins import CPUAccelerator, DDPPlugin, PrecisionPlugin
+from torch.nn.parallel import DistributedDataParallel
+from training_parts import Regression, loader
 
 if TYPE_CHECKING:
     from conftest import Starter
@@ -156,12 +155,13 @@ def test_the_constructions_work_as_they_are_written() -> None:
 def test_four_devices_in_half_precision_train(start: Starter) -> None:
     """``Trainer(gpus=4, precision=16)`` where a package brings four devices."""
     done = start.run("seed_gpus.py", env={"PYTHONPATH": str(FAKES / "quad")})
-    assert json.loads(done.lines[-1]) == {
+    found = json.loads(done.lines[-1])
+    assert 0 < found.pop("step") <= 6  # the first scales may overflow
+    assert found == {
         "accelerator": "quad",
         "devices": [0, 1, 2, 3],
         "strategy": "ddp",
         "precision": "16-mixed",
         "world": 4,
-        "step": 6,
         "trained": True,
     }

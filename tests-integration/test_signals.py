@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from conftest import Running, Starter
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -84,9 +85,7 @@ def _check_goes_on(start: Starter, ranks: int, step: int) -> None:
 
 
 @pytest.mark.parametrize("number", CODES)
-def test_one_process_stops_at_a_boundary_and_saves(
-    start: Starter, number: signal.Signals
-) -> None:
+def test_one_process_stops_at_a_boundary_and_saves(start: Starter, number: signal.Signals) -> None:
     running, (pid,) = _running(start, 1)
     os.kill(pid, number)
     step = _check_stopped(running, 1, CODES[number])

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from drivetrain import Callback, DataModule, Module
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-
-from drivetrain import Callback, DataModule, Module
 
 
 class Samples(Dataset):
@@ -134,7 +133,9 @@ class Recorder(Callback):
             self.note(trainer, "validation_end", val_loss=_hex(trainer, "val_loss"))
 
     def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
-        self.note(trainer, "epoch_end", loss=_hex(trainer, "loss_epoch"), size=_hex(trainer, "size"))
+        self.note(
+            trainer, "epoch_end", loss=_hex(trainer, "loss_epoch"), size=_hex(trainer, "size")
+        )
 
     def on_train_end(self, trainer: Any, module: Any) -> None:
         self.note(trainer, "train_end")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from drivetrain_interfaces import Probe
-from drivetrain_interfaces.devices import parse_devices
-
 from drivetrain_cpu import FACTS
 from drivetrain_cpu import spec as host
+from drivetrain_interfaces import Probe
+from drivetrain_interfaces.devices import parse_devices
 
 spec = replace(
     host,

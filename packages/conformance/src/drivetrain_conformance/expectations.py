@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,9 +37,9 @@ class Expectation:
     test: str
     reason: str
     issue: str
-    until: datetime.date
+    until: dt.date
 
-    def expired(self, today: datetime.date) -> bool:
+    def expired(self, today: dt.date) -> bool:
         """Whether the last day is over."""
         return today > self.until
 
@@ -84,11 +84,11 @@ def _entry(item: Any, where: str) -> Expectation:
     return Expectation(item["test"], item["reason"], item["issue"], _date(item["until"], where))
 
 
-def _date(value: Any, where: str) -> datetime.date:
-    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+def _date(value: Any, where: str) -> dt.date:
+    if isinstance(value, dt.date) and not isinstance(value, dt.datetime):
         return value
     try:
-        return datetime.date.fromisoformat(value)
+        return dt.date.fromisoformat(value)
     except (TypeError, ValueError) as error:
         raise ExpectationsError(
             f"{where} has until = {value!r}, not a day such as 2027-06-30."

@@ -136,9 +136,7 @@ def bind(device_backend: Backend, target: Target) -> Iterator[Bind]:
             sync_batchnorm=sync_batchnorm,
             options=options or {},
         )
-        strategy = target.make_strategy(
-            device_backend, name or target.one_device_strategy, context
-        )
+        strategy = target.make_strategy(device_backend, name or target.one_device_strategy, context)
         made.append(strategy)
         return strategy
 

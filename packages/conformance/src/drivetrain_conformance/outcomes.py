@@ -24,7 +24,7 @@ class Outcome(str, Enum):
     SKIPPED = "skipped"
     """Skipped by something that is no part of the kit."""
     EXPECTED_FAILURE = "expected-failure"
-    UNEXPECTED_PASS = "unexpected-pass"
+    UNEXPECTED_PASS = "unexpected-pass"  # noqa: S105 - no password
     DESELECTED = "deselected"
     NOT_RUN = "not-run"
 

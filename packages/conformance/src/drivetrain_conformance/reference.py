@@ -73,7 +73,7 @@ def train_by_hand(
         told.gradients.append(grads)
         with torch.no_grad():
             for name, grad in clipped(grads, clip).items():
-                named[name] -= lr * grad
+                named[name].sub_(grad, alpha=lr)
     told.end = {name: p.detach().clone() for name, p in named.items()}
     return told
 

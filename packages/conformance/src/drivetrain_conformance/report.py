@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
 import json
 import os
 import platform
@@ -37,7 +37,7 @@ class Verdict(str, Enum):
 
 def build_report(run: ConformanceRun) -> dict[str, Any]:
     """Everything about a run that ended, as JSON values."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = dt.datetime.now(dt.timezone.utc)
     return {
         "schema": SCHEMA_VERSION,
         "kit": {"version": version(), "contract": str(CONTRACT)},

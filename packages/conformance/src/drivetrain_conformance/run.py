@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import fnmatch
 from typing import TYPE_CHECKING, Any
 
@@ -53,18 +53,19 @@ class ConformanceRun:
         self.tally = Tally()
         self.problems: list[str] = []
         self.deviations: list[str] = []
-        self.started = datetime.datetime.now(datetime.timezone.utc)
+        self.started = dt.datetime.now(dt.timezone.utc)
         self.verdict = Verdict.NOT_A_CONFORMANCE_RUN
 
     def pytest_report_header(self) -> list[str]:
         """What is under test."""
         spec = self.target.spec
         strategy = f", strategy {self.target.strategy_name}" if self.target.strategy_name else ""
-        return [
+        line = (
             f"drivetrain conformance kit {version()}: backend {spec.name} of "
             f"{self.target.backend.owner}, contract {spec.contract}{strategy}, "
             f"levels up to {self.options.level}"
-        ]
+        )
+        return [line]
 
     # Collection: whatever a vendor's settings say about names and folders, the suite is the suite.
 
@@ -107,7 +108,7 @@ class ConformanceRun:
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: Sequence[pytest.Item]) -> None:
         """Mark expected failures, before anything is deselected."""
-        today = datetime.datetime.now(datetime.timezone.utc).date()
+        today = dt.datetime.now(dt.timezone.utc).date()
         by_name = {item.name: item for item in items if is_test_file(item.path)}
         unknown = unknown_entries(self.expectations, by_name, functions())
         for entry in self.expectations:

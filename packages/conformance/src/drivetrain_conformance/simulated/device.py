@@ -109,6 +109,7 @@ def install(name: str = "sim", options: Options | None = None) -> ModuleType:
     options = Options.from_environment() if options is None else options
     path = build()
     import torch
+    from torch.utils import backend_registration
 
     from drivetrain_conformance.simulated import device_module, process_group
 
@@ -127,10 +128,11 @@ def install(name: str = "sim", options: Options | None = None) -> ModuleType:
             "Ask for fewer.",
         )
     native.set("devices", options.devices)
-    torch.utils.rename_privateuse1_backend(name)
+    backend_registration.rename_privateuse1_backend(name)
     module = device_module.make(name, native)
-    torch._register_device_module(name, module)  # noqa: SLF001 - documented in torch's guide
-    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    # What torch documents for device types of others, underscore or not.
+    torch._register_device_module(name, module)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
     made = _Installed(name, native, module, options)
     made.apply(options)
     _state.append(made)

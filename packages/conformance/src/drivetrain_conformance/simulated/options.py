@@ -48,7 +48,7 @@ class Options:
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
         problems = [
-            (_misfit(item.name, value, item.type), f"Give another {item.name}.")
+            (_misfit(item.name, value, str(item.type)), f"Give another {item.name}.")
             for item in fields(self)
             if not _fits(value := getattr(self, item.name), hints[item.name], _lowest(item.name))
         ]

@@ -34,7 +34,7 @@ def _work_class() -> Any:
     import torch
     import torch.distributed as dist
 
-    base: Any = dist.Work  # type: ignore[attr-defined]
+    base: Any = dist.Work
 
     class Finished(base):  # type: ignore[misc]
         def __init__(self, result: Any) -> None:
@@ -101,64 +101,64 @@ def _group_class() -> Any:
 
         # Collectives ----------------------------------------------------------------------------
 
-        def allreduce(self, tensors: Any, options: Any = None) -> Any:
+        def allreduce(self, tensors: Any, opts: Any = None) -> Any:
             self._enter("allreduce", tensors)
-            self._reduce_hosts(_views(tensors), _op(options))
+            self._reduce_hosts(_views(tensors), _op(opts))
             return finished(tensors)
 
-        def allreduce_coalesced(self, tensors: Any, options: Any = None) -> Any:
-            return self.allreduce(tensors, options)
+        def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> Any:
+            return self.allreduce(tensors, opts)
 
-        def reduce(self, tensors: Any, options: Any = None) -> Any:
+        def reduce(self, tensors: Any, opts: Any = None) -> Any:
             self._enter("reduce", tensors)
-            self._refuse(_op(options))
-            self._gloo.reduce(_views(tensors), options).wait()
+            self._refuse(_op(opts))
+            self._gloo.reduce(_views(tensors), opts).wait()
             return finished(tensors)
 
-        def broadcast(self, tensors: Any, options: Any = None) -> Any:
+        def broadcast(self, tensors: Any, opts: Any = None) -> Any:
             self._enter("broadcast", tensors)
-            self._gloo.broadcast(_views(tensors), options).wait()
+            self._gloo.broadcast(_views(tensors), opts).wait()
             return finished(tensors)
 
-        def allgather(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
+        def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
             self._enter("allgather", [*inputs, *(each for part in outputs for each in part)])
             self._gloo.allgather([_views(part) for part in outputs], _views(inputs)).wait()
             return finished(outputs)
 
-        def _allgather_base(self, output: Any, sent: Any, options: Any = None) -> Any:
+        def _allgather_base(self, output: Any, sent: Any, opts: Any = None) -> Any:
             self._enter("allgather", [output, sent])
             parts = list(_views([output])[0].view(self.size(), -1))
             self._gloo.allgather([parts], [_views([sent])[0].reshape(-1)]).wait()
             return finished([output])
 
-        def reduce_scatter(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
+        def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
             self._enter("reduce_scatter", [*outputs, *(each for part in inputs for each in part)])
             for output, parts in zip(outputs, inputs, strict=True):
                 sums = [view.clone() for view in _views(parts)]
-                self._reduce_hosts(sums, _op(options))
+                self._reduce_hosts(sums, _op(opts))
                 _views([output])[0].copy_(sums[self.rank()])
             return finished(outputs)
 
-        def _reduce_scatter_base(self, output: Any, sent: Any, options: Any = None) -> Any:
+        def _reduce_scatter_base(self, output: Any, sent: Any, opts: Any = None) -> Any:
             self._enter("reduce_scatter", [output, sent])
             total = _views([sent])[0].clone()
-            self._reduce_hosts([total], _op(options))
+            self._reduce_hosts([total], _op(opts))
             mine = total.view(self.size(), -1)[self.rank()]
             _views([output])[0].copy_(mine.view(output.shape))
             return finished([output])
 
-        def gather(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
+        def gather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
             self._enter("gather", [*inputs, *(each for part in outputs for each in part)])
-            self._gloo.gather([_views(part) for part in outputs], _views(inputs), options).wait()
+            self._gloo.gather([_views(part) for part in outputs], _views(inputs), opts).wait()
             return finished(outputs)
 
-        def scatter(self, outputs: Any, inputs: Any, options: Any = None) -> Any:
+        def scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
             self._enter("scatter", [*outputs, *(each for part in inputs for each in part)])
-            self._gloo.scatter(_views(outputs), [_views(part) for part in inputs], options).wait()
+            self._gloo.scatter(_views(outputs), [_views(part) for part in inputs], opts).wait()
             return finished(outputs)
 
         def alltoall_base(
-            self, output: Any, sent: Any, to_sizes: Any, from_sizes: Any, options: Any = None
+            self, output: Any, sent: Any, to_sizes: Any, from_sizes: Any, opts: Any = None
         ) -> Any:
             self._enter("alltoall", [output, sent])
             views = _views([output, sent])
@@ -173,7 +173,7 @@ def _group_class() -> Any:
             self._enter("recv", tensors)
             return self._gloo.recv(_views(tensors), rank, tag)
 
-        def barrier(self, options: Any = None) -> Any:
+        def barrier(self, opts: Any = None) -> Any:
             self._enter("barrier", [])
             self._gloo.barrier().wait()
             return finished([])

@@ -1,1 +1,1 @@
-"""The suite, by level. Run it through the plugin: ``pytest --pyargs drivetrain_conformance.suite``."""
+"""The suite, by level. ``pytest --pyargs drivetrain_conformance.suite`` runs it."""

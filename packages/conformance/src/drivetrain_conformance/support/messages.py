@@ -32,8 +32,8 @@ def refused(
             yield caught
     except pytest.fail.Exception:
         pytest.fail(f"{rule}; nothing was raised")
-    except Exception as error:  # noqa: BLE001 - the report says what it was
-        pytest.fail(f"{rule}; what was raised is {type(error).__name__}: {error}")
+    except Exception as other:  # noqa: BLE001 - the report says what it was
+        pytest.fail(f"{rule}; what was raised is {type(other).__name__}: {other}")
     error = caught.value
     assert isinstance(error, kind), f"{rule}; what was raised is {type(error).__name__}: {error}"
     assert re.search(naming, str(error), re.IGNORECASE), (

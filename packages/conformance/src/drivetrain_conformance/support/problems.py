@@ -69,7 +69,8 @@ def microbatches(count: int, *, rows: int | Sequence[int] = 4, seed: int = 0) ->
 def mean_square(module: nn.Module, microbatch: Microbatch) -> Tensor:
     """The loss of the perceptron: the mean over samples and outputs."""
     features, targets = microbatch
-    return (module(features) - targets).square().mean()
+    loss: Tensor = (module(features) - targets).square().mean()
+    return loss
 
 
 def samples(microbatch: Microbatch) -> float:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drivetrain_interfaces import StepSpec
-from torch import Tensor, nn
 
 from drivetrain_conformance.reference import Trained, distance, way
 from drivetrain_conformance.support.problems import (
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from drivetrain_interfaces import Precision, StepResult, Strategy, TrainStep
+    from torch import Tensor, nn
     from torch.optim import Optimizer
 
 #: Updates that a loss scale may need to find itself, starting from whatever a backend starts with.
@@ -128,6 +128,6 @@ def make_setup(
         settings: Further fields of ``StepSpec``.
     """
     prepared = strategy.prepare(perceptron() if module is None else module)
-    made = list(optimizers(prepared)) if optimizers else [sgd(prepared)]
+    made: list[Optimizer] = [*(optimizers(prepared) if optimizers else [sgd(prepared)])]
     step = strategy.train_step(StepSpec(prepared, made, loss, **settings))
     return Setup(strategy, precision, prepared, made, step, parameters_of(prepared))

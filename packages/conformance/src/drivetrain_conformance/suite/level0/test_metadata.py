@@ -22,7 +22,7 @@ from drivetrain_conformance.outcomes import BY_DECLARATION, NOT_HERE
 from drivetrain_conformance.support.messages import refused
 
 if TYPE_CHECKING:
-    from drivetrain_interfaces import BackendSpec
+    from drivetrain_interfaces import BackendSpec, StrategySpec
 
     from drivetrain_conformance.target import Found, Target
 
@@ -32,7 +32,10 @@ def test_the_contract_is_served(target: Target) -> None:
 
     R: B3
     """
-    for spec in (target.spec, *([target.strategy_spec] if target.strategy_spec else [])):
+    specs: list[BackendSpec | StrategySpec] = [target.spec]
+    if target.strategy_spec is not None:
+        specs.append(target.strategy_spec)
+    for spec in specs:
         assert isinstance(spec.contract, ContractVersion), (
             f"B3: a spec states its contract as a ContractVersion; {spec.name} states "
             f"{spec.contract!r}"
@@ -71,7 +74,7 @@ def test_the_installer_was_told_the_same_contract(target: Target) -> None:
         contract = part.value.contract
         assert bound == (contract.major, contract.minor), (
             f"B3: the lower bound of drivetrain-interfaces in the package's metadata states the "
-            f"same version as the spec; {part.owner} states {bound} there and {contract} in its spec"
+            f"same version as the spec; {part.owner} states {bound} there and {contract} in it"
         )
 
 
@@ -93,9 +96,11 @@ def test_capabilities_are_made_of_known_things(target: Target) -> None:
     """
     declared = target.capabilities
     assert isinstance(declared, Capabilities), "B4: capabilities are a Capabilities object"
-    strange = [f for f in declared.features if not isinstance(f, Feature)]
+    strange: list[object] = [f for f in declared.features if not isinstance(f, Feature)]
     strange += [h for h in declared.hooks if not isinstance(h, StepHook)]
-    assert not strange, f"B4: features are Feature members and hooks StepHook members, not {strange}"
+    assert not strange, (
+        f"B4: features are Feature members and hooks StepHook members, not {strange}"
+    )
     assert declared.precisions, "B4: at least one precision is declared"
     assert all(isinstance(name, str) and name for name in declared.precisions), (
         f"B4: precisions are names; these are {declared.precisions}"
@@ -126,7 +131,12 @@ def test_the_facts_are_complete(spec: BackendSpec) -> None:
     R: B5, A3, A4
     """
     facts = spec.facts
-    for name in ("device_type", "autocast_type", "several_devices_launcher", "interactive_launcher"):
+    for name in (
+        "device_type",
+        "autocast_type",
+        "several_devices_launcher",
+        "interactive_launcher",
+    ):
         value = getattr(facts, name)
         assert isinstance(value, str), f"B5: the fact {name} is a text; it is {value!r}"
         assert value, f"B5: the fact {name} is stated; it is empty"
@@ -192,7 +202,9 @@ def test_parsing_devices_is_pure(spec: BackendSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    "request_", [0, -2, "no-such-device", [], None, 1.5], ids=["0", "-2", "name", "[]", "None", "1.5"]
+    "request_",
+    [0, -2, "no-such-device", [], None, 1.5],
+    ids=["0", "-2", "name", "[]", "None", "1.5"],
 )
 def test_a_meaningless_request_for_devices_is_refused(spec: BackendSpec, request_: object) -> None:
     """A typing error must not become a default.

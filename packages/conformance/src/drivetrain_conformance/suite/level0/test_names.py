@@ -23,6 +23,8 @@ from drivetrain_interfaces import (
 from drivetrain_conformance.support.messages import refused
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drivetrain_interfaces import BackendSpec
 
     from drivetrain_conformance.target import Target
@@ -67,11 +69,12 @@ def test_every_declared_precision_can_be_made(
 
 @pytest.mark.parametrize(
     "name",
-    ["no-such-precision", *(pytest.param(n, marks=pytest.mark.refuses(n)) for n in KNOWN_PRECISIONS)],
+    [
+        "no-such-precision",
+        *(pytest.param(n, marks=pytest.mark.refuses(n)) for n in KNOWN_PRECISIONS),
+    ],
 )
-def test_an_undeclared_precision_is_refused(
-    backend: Backend, spec: BackendSpec, name: str
-) -> None:
+def test_an_undeclared_precision_is_refused(backend: Backend, spec: BackendSpec, name: str) -> None:
     """What is not declared is refused by name, and never turned into something else.
 
     R: B4, B14, P1, P9
@@ -96,7 +99,7 @@ def test_an_undeclared_strategy_is_refused(backend: Backend, spec: BackendSpec) 
         device_index=0,
         world=World(),
         collectives=backend.collectives(World()),
-        precision=backend.precision(sorted(spec.capabilities.precisions)[0]),
+        precision=backend.precision(min(spec.capabilities.precisions)),
     )
     rule = "B14: a strategy that is not declared is refused with an UnsupportedError"
     with refused(UnsupportedError, naming="no-such-strategy", rule=rule) as caught:
@@ -113,12 +116,13 @@ def test_factories_keep_nothing(backend: Backend, spec: BackendSpec) -> None:
 
     R: B13
     """
-    name = sorted(spec.capabilities.precisions)[0]
-    for what, make in {
+    name = min(spec.capabilities.precisions)
+    factories: dict[str, Callable[[], object]] = {
         "accelerator": backend.accelerator,
         "checkpoint_io": backend.checkpoint_io,
         "precision": lambda: backend.precision(name),
-    }.items():
+    }
+    for what, make in factories.items():
         one, other = make(), make()
         assert one is not other, f"B13: each call of {what} returns a new object"
 

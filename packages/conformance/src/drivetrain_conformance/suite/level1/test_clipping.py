@@ -40,7 +40,9 @@ def test_clipping_by_norm_limits_one_total_norm(build: Build, limit: float) -> N
     assert all((norm > limit) == (limit == TIGHT) for norm in wanted.norms), "the test's own data"
     setup = build(clip=Clip(limit))
     results = setup.train(WINDOWS)
-    setup.check(results, wanted, f"S20: clipping by norm limits one total norm to {limit}", at_least=CLIPPED)
+    setup.check(
+        results, wanted, f"S20: clipping by norm limits one total norm to {limit}", at_least=CLIPPED
+    )
 
 
 @pytest.mark.needs(Feature.CLIP_NORM)
@@ -80,7 +82,12 @@ def test_the_norm_is_one_over_all_optimizers(build: Build) -> None:
     wanted = by_hand(Clip(TIGHT))
     setup = build(clip=Clip(TIGHT), optimizers=optimizers)
     results = setup.train(WINDOWS)
-    setup.check(results, wanted, "S20: there is one total norm, in which each gradient counts once", at_least=CLIPPED)
+    setup.check(
+        results,
+        wanted,
+        "S20: there is one total norm, in which each gradient counts once",
+        at_least=CLIPPED,
+    )
     norm = results[0].grad_norm
     assert norm is not None, "S20: grad_norm is a tensor when clipping by norm"
     assert float(norm) == pytest.approx(wanted.norms[0], rel=setup.tolerance.update), (
@@ -112,7 +119,9 @@ def test_clipping_comes_after_accumulation(build: Build) -> None:
     wanted = train_by_hand(perceptron(), windows, mean_square, lr=LR, clip=Clip(TIGHT))
     setup = build(accumulate=3, clip=Clip(TIGHT))
     results = setup.train(windows)
-    setup.check(results, wanted, "S9: what is clipped is the gradient of the whole window", at_least=CLIPPED)
+    setup.check(
+        results, wanted, "S9: what is clipped is the gradient of the whole window", at_least=CLIPPED
+    )
 
 
 def test_an_unknown_way_to_clip_is_refused(build: Build) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from drivetrain_interfaces import Clip, Feature, StepHook, StepHooks
 
 from drivetrain_conformance.reference import distance, train_by_hand
 from drivetrain_conformance.support.problems import mean_square, microbatches, perceptron
 
 if TYPE_CHECKING:
+    import torch
+
     from drivetrain_conformance.fixtures import Build
     from drivetrain_conformance.target import Target
 

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from drivetrain_interfaces import Clip, Feature, ManualSpec, ManualStep, UserCodeError
+from drivetrain_interfaces import (
+    Clip,
+    Feature,
+    ManualSpec,
+    ManualStep,
+    SupportsManualStep,
+    UserCodeError,
+)
 
 from drivetrain_conformance.reference import distance, train_by_hand, way
 from drivetrain_conformance.support.messages import refused
@@ -29,11 +36,21 @@ pytestmark = pytest.mark.needs(Feature.MANUAL_STEP)
 LR = 0.5
 
 
+def manual(bind: Bind, precision: Any = None) -> Any:
+    """A bound strategy that offers manual steps."""
+    strategy = bind(precision)
+    assert isinstance(strategy, SupportsManualStep), (
+        f"S25: a strategy that declares manual steps has manual_step; {type(strategy).__name__} "
+        "has not"
+    )
+    return strategy
+
+
 def made(
     bind: Bind, precision: Any = None, function: Any = mean_square
 ) -> tuple[Any, Any, Any, Any]:
     """A strategy, its module, an optimizer and a manual step."""
-    strategy = bind(precision)
+    strategy = manual(bind, precision)
     module = strategy.prepare(perceptron())
     optimizer = sgd(module)
     step = strategy.manual_step(ManualSpec(module, [optimizer], function))
@@ -87,7 +104,7 @@ def test_only_the_optimizer_that_was_named_updates(bind: Bind) -> None:
 
     R: S26
     """
-    strategy = bind()
+    strategy = manual(bind)
     module = strategy.prepare(perceptron())
     first, second = list(module.parameters())[:2], list(module.parameters())[2:]
     optimizers = [torch.optim.SGD(first, LR), torch.optim.SGD(second, LR)]
@@ -146,7 +163,7 @@ def test_the_function_gets_its_arguments(bind: Bind) -> None:
 
     R: S25
     """
-    strategy = bind()
+    strategy = manual(bind)
     module = strategy.prepare(perceptron())
     step = strategy.manual_step(
         ManualSpec(module, [sgd(module)], lambda given, *args: (given is module, args))
@@ -164,7 +181,7 @@ def test_losses_that_went_backward_together_are_unscaled_alike(
 
     R: P12, P10
     """
-    strategy = bind(scaled_precision)
+    strategy = manual(bind, scaled_precision)
     module = strategy.prepare(perceptron())
     first, second = list(module.parameters())[:2], list(module.parameters())[2:]
     optimizers = [torch.optim.SGD(first, LR), torch.optim.SGD(second, LR)]
@@ -174,11 +191,12 @@ def test_losses_that_went_backward_together_are_unscaled_alike(
             for optimizer in optimizers:
                 optimizer.zero_grad()
             step.backward(step(strategy.feed(item)))
-            if all(torch.isfinite(p.grad).all() for p in module.parameters()):
+            grads = [p.grad for p in module.parameters() if p.grad is not None]
+            if all(torch.isfinite(grad).all() for grad in grads):
                 break
             for optimizer in optimizers:
                 step.update(optimizer)
-        first[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
+        first[0].grad.fill_(float("inf"))
         before = parameters_of(module)
         broken, good = step.update(optimizers[0]), step.update(optimizers[1])
     assert broken is not None, "P10: an update that is not finite says so"

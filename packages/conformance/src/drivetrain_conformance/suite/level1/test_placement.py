@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pytest
 import torch
-from drivetrain_interfaces import ConfigurationError, Strategy, StrategyContext, UnsupportedError
+from drivetrain_interfaces import ConfigurationError, Strategy, UnsupportedError
 
+from drivetrain_conformance.outcomes import BY_DECLARATION
 from drivetrain_conformance.support.messages import refused
 from drivetrain_conformance.support.problems import microbatches, parameters_of, perceptron, sgd
 
 if TYPE_CHECKING:
-    from drivetrain_interfaces import Backend, BackendSpec
+    from drivetrain_interfaces import BackendSpec
 
     from drivetrain_conformance.fixtures import Bind, Build
     from drivetrain_conformance.target import Target
@@ -33,6 +36,14 @@ def test_a_bound_strategy_is_complete(bind: Bind, spec: BackendSpec) -> None:
     )
 
 
+def bound_or_refused(bind: Bind, name: str) -> Strategy | None:
+    """The strategy of that name in a world of one, or None if it needs more."""
+    try:
+        return bind(name=name)
+    except UnsupportedError:
+        return None
+
+
 def test_every_strategy_serves_one_process_or_refuses(bind: Bind, target: Target) -> None:
     """So that a script for many also runs alone.
 
@@ -43,11 +54,10 @@ def test_every_strategy_serves_one_process_or_refuses(bind: Bind, target: Target
     from drivetrain_conformance.support.problems import mean_square
 
     for name in (*target.spec.strategies, target.one_device_strategy):
-        try:
-            strategy = bind(name=name)
-        except UnsupportedError as error:
+        strategy = bound_or_refused(bind, name)
+        if strategy is None:
             assert name != target.one_device_strategy, (
-                f"S3: the strategy for one device, {name!r}, serves a world of one: {error}"
+                f"S3: the strategy for one device serves a world of one; {name!r} refused it"
             )
             continue
         module = strategy.prepare(perceptron())
@@ -72,20 +82,27 @@ def test_options_that_a_strategy_does_not_take_are_refused(bind: Bind) -> None:
         bind(options={"no_such_option": 1})
 
 
-def test_a_strategy_package_gives_a_factory(
-    bind: Bind, target: Target, device_backend: Backend
-) -> None:
-    """An object that is bound by a call, and stays unbound itself.
+def test_each_binding_is_a_new_object(bind: Bind) -> None:
+    """Two parts of one kind share no state.
 
-    R: S1, B13
+    R: B13
     """
     one, other = bind(), bind()
     assert one is not other, "B13: each binding is a new object"
+
+
+def test_a_strategy_package_gives_a_factory(bind: Bind, target: Target) -> None:
+    """An object that is bound by a call, and that reaches other processes.
+
+    R: S1, B18
+    """
     spec = target.strategy_spec
-    factory = spec.load() if spec else None
-    assert factory is None or callable(factory), "S1: what load returns is called with a context"
-    assert StrategyContext is not None
-    assert device_backend is not None
+    if spec is None:
+        pytest.skip(f"{BY_DECLARATION}the strategy is the backend's own")
+    factory = spec.load()
+    assert callable(factory), f"S1: what load returns is called with a context; it is {factory!r}"
+    pickle.dumps(factory)
+    assert isinstance(bind(), Strategy), "S1: calling it with a context binds it"
 
 
 def test_preparing_moves_and_converts(build: Build, declared_precision: str) -> None:

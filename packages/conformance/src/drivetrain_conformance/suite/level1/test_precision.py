@@ -98,6 +98,7 @@ class Seeing(torch.nn.Module):
         self.seen: list[torch.dtype] = []
 
     def forward(self, features: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """One product."""
         self.seen = [features.dtype, index.dtype]
         result: torch.Tensor = self.linear(features + self.table(index).to(features.dtype))
         return result
@@ -114,12 +115,14 @@ def test_integers_and_targets_are_never_cast(build: Build, declared_precision: s
         features, index, target = item
         seen.append(target.dtype)
         assert index.dtype is torch.int64
-        return (module(features, index) - target).square().mean()
+        value: torch.Tensor = (module(features, index) - target).square().mean()
+        return value
 
     item = (torch.ones(4, 3), torch.tensor([0, 1, 2, 3]), torch.ones(4, 2))
-    setup = build(declared_precision, module=Seeing(), loss=loss)
+    module = Seeing()
+    setup = build(declared_precision, module=module, loss=loss)
     setup.train([[item]])
-    assert setup.module.seen[1] is torch.int64, "P4: integers are never cast"
+    assert module.seen[1] is torch.int64, "P4: integers are never cast"
     assert seen[0] is torch.float32, f"P4: targets are never cast; this one became {seen[0]}"
 
 
@@ -219,11 +222,13 @@ class NotingBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: torch.Tensor, kind: str, seen: list[bool]) -> torch.Tensor:
+        """The value as it is."""
         ctx.kind, ctx.seen = kind, seen
         return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        """The gradient as it is, and a note."""
         ctx.seen.append(torch.is_autocast_enabled(ctx.kind))
         return grad, None, None
 

@@ -26,7 +26,8 @@ LR = 0.5
 
 def steep(module: torch.nn.Module, item: Any) -> torch.Tensor:
     """A loss that a batch may multiply: its third element says by how much."""
-    return mean_square(module, item[:2]) * item[2]
+    loss: torch.Tensor = mean_square(module, item[:2]) * item[2]
+    return loss
 
 
 def batch(factor: float, seed: int = 0) -> Any:
@@ -98,7 +99,8 @@ def test_all_optimizers_update_or_none(build: Build, scaled_precision: str) -> N
 
     def only_first(module: torch.nn.Module, item: Any) -> torch.Tensor:
         first = next(iter(module.parameters()))
-        return mean_square(module, item[:2]) + (first * (item[2] - 1.0)).sum() * 1e8
+        loss: torch.Tensor = mean_square(module, item[:2]) + (first * (item[2] - 1.0)).sum() * 1e8
+        return loss
 
     setup = build(scaled_precision, loss=only_first, optimizers=two_of_them)
     check_found_inf(setup)

@@ -23,7 +23,7 @@ WINDOWS = [[batch] for batch in microbatches(4)]
 def adam(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
     """An optimizer with tensors and step counts in its state, and two groups."""
     parameters = list(module.parameters())
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": parameters[:2], "note": "the user's own"},
         {"params": parameters[2:], "lr": 0.02},
     ]
@@ -147,7 +147,8 @@ def test_buffers_are_part_of_the_state(build: Build) -> None:
     """
 
     def loss(module: torch.nn.Module, item: Any) -> torch.Tensor:
-        return module(item[0]).square().mean() + 1.0
+        value: torch.Tensor = module(item[0]).square().mean() + 1.0
+        return value
 
     def norm() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
@@ -175,6 +176,7 @@ class Tied(torch.nn.Module):
         self.head = torch.nn.Linear(3, 2)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Through the tied weights twice."""
         result: torch.Tensor = self.head(self.outer(self.inner(features).tanh()))
         return result
 
@@ -204,7 +206,8 @@ def test_a_tied_parameter_stays_tied(build: Build) -> None:
     other = build(module=Tied(), optimizers=optimizers)
     other.strategy.load(state)
     other.train(WINDOWS[2:3])
-    assert other.module.inner.weight is other.module.outer.weight, "S30: it stays tied after load"
+    kept = [name for name, _ in other.module.named_parameters()]
+    assert "outer.weight" not in kept, "S30: a tied parameter stays tied after load"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from drivetrain_conformance.support.problems import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from drivetrain_conformance.fixtures import Build
 
@@ -63,14 +63,13 @@ def test_the_loss_stays_on_the_device(build: Build) -> None:
     setup = build()
     result = setup.train([microbatches(1)])[0]
     assert result.loss.device.type == setup.strategy.device.type, (
-        f"S15: the loss stays on the device, {setup.strategy.device}; it is on "
-        f"{result.loss.device}"
+        f"S15: the loss stays on the device, {setup.strategy.device}; it is on {result.loss.device}"
     )
 
 
 @pytest.mark.needs(Feature.ACCUMULATION)
 def test_accumulating_equals_one_large_batch(build: Build) -> None:
-    """n microbatches update as one batch of n times the size.
+    """Several microbatches update as one batch of that many times the size.
 
     R: S17
     """
@@ -233,9 +232,9 @@ def test_a_window_that_does_not_fit_is_refused(build: Build, holds: int, says: i
     )
 
 
-BAD_LOSSES = {
-    "nothing": lambda loss: None,
-    "a number": lambda loss: 1.0,
+BAD_LOSSES: dict[str, Callable[[torch.Tensor], Any]] = {
+    "nothing": lambda _: None,
+    "a number": lambda _: 1.0,
     "a vector": lambda loss: loss.expand(2),
     "no gradient": lambda loss: loss.detach(),
     "a dictionary": lambda loss: {"loss": loss},
