@@ -327,5 +327,3 @@ class Early(ScaledAutocastPrecision):
 
 class scale_changes_between_updates(Precise):
     others = {"16-mixed": Early}
-
-

@@ -231,9 +231,7 @@ class state_has_names_of_a_wrapper(Good):
 
 def numbered(_: Any, state: ModelState) -> ModelState:
     """Numbers in place of names, as torch has them."""
-    optimizers = [
-        {**o, "state": dict(enumerate(o["state"].values()))} for o in state.optimizers
-    ]
+    optimizers = [{**o, "state": dict(enumerate(o["state"].values()))} for o in state.optimizers]
     return replace(state, optimizers=optimizers)
 
 

@@ -186,9 +186,7 @@ class takes_any_loss(Good):
 
 
 class result_keeps_the_graph(Good):
-    strategies = changing(
-        result=lambda r: replace(r, loss=r.loss.clone().requires_grad_())
-    )
+    strategies = changing(result=lambda r: replace(r, loss=r.loss.clone().requires_grad_()))
 
 
 class result_is_a_number(Good):
@@ -309,9 +307,7 @@ class ignores_clipping(Good):
 
 
 class clips_by_norm_only(Good):
-    strategies = changing(
-        spec=lambda s: replace(s, clip=Clip(s.clip.value)) if s.clip else s
-    )
+    strategies = changing(spec=lambda s: replace(s, clip=Clip(s.clip.value)) if s.clip else s)
 
 
 def clipped_alone(spec: StepSpec) -> StepSpec:
@@ -411,7 +407,9 @@ def swapped(spec: StepSpec) -> StepSpec:
     """The last two hooks in the other order."""
     hooks = spec.hooks
     return hooked(
-        spec, before_optimizer_step=hooks.before_zero_grad, before_zero_grad=hooks.before_optimizer_step
+        spec,
+        before_optimizer_step=hooks.before_zero_grad,
+        before_zero_grad=hooks.before_optimizer_step,
     )
 
 

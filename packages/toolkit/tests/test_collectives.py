@@ -241,7 +241,7 @@ def run_pair(port, mode):
         for rank in range(2)
     ]
     try:
-        texts = [child.communicate(timeout=60)[0] for child in children]
+        texts = [child.communicate(timeout=100)[0] for child in children]
     finally:
         for child in children:
             child.kill()

@@ -189,6 +189,7 @@ class Cases:
             self.collectives.barrier()
             channel.post("failed", b"rank 1: \x00\xff")
             self.collectives.barrier()
+        self.collectives.barrier()  # rank 0 has seen the first post
         if self.rank == 1:
             channel.post("failed", b"later")
         self.collectives.barrier()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from drivetrain_interfaces import StrategyContext, World
+from drivetrain_interfaces import ConfigurationError, Feature, StrategyContext, World
 
 from drivetrain_conformance.outcomes import BY_DECLARATION, NOT_HERE
 from drivetrain_conformance.run import RUN
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
         Strategy,
     )
 
+    from drivetrain_conformance.options import Options
+    from drivetrain_conformance.support.crew import Crew, LonelyCrew
     from drivetrain_conformance.support.setups import Setup
     from drivetrain_conformance.target import Target
 
@@ -127,6 +129,7 @@ def bind(device_backend: Backend, target: Target) -> Iterator[Bind]:
             precision = device_backend.precision(precision)
         accelerator = device_backend.accelerator()
         made.append(accelerator)
+        accelerator.activate(0, 1)
         context = StrategyContext(
             accelerator=accelerator,
             device_index=0,
@@ -169,3 +172,70 @@ def scaled_precision(backend: Backend, target: Target) -> str:
         if backend.precision(name).policy.loss_scaling:
             return name
     pytest.skip(f"{BY_DECLARATION}no precision scales the loss")
+
+
+class Crews:
+    """The processes that level 2 runs in: one crew for each size of world, started when needed."""
+
+    def __init__(self, target: Target, options: Options, probe: Probe) -> None:
+        self._target = target
+        self._options = options
+        self._probe = probe
+        self._crews: dict[int, Crew | LonelyCrew] = {}
+
+    def of(self, size: int) -> Crew | LonelyCrew:
+        """The crew of that size; a new one if the last one lost a process."""
+        crew = self._crews.get(size)
+        if crew is None or crew.broken:
+            if crew is not None:
+                crew.stop()
+            crew = self._crews[size] = self.new(size)
+        return crew
+
+    def new(self, size: int) -> Crew | LonelyCrew:
+        """A crew that the caller stops. Skips the test where there are too few devices."""
+        from drivetrain_conformance.support.crew import Crew, LonelyCrew
+
+        spec = self._target.spec
+        if size > 1 and not self._target.declares(Feature.SEVERAL_PROCESSES):
+            pytest.skip(f"{BY_DECLARATION}{Feature.SEVERAL_PROCESSES.value} is not declared")
+        try:
+            devices = spec.parse_devices(size, self._probe, spec.name)
+        except ConfigurationError as error:
+            pytest.skip(f"{NOT_HERE}a world of {size} needs as many devices ({error.message})")
+        kind = LonelyCrew if size == 1 else Crew
+        return kind(self._options.backend, self._options.strategy, devices)
+
+    def stop(self) -> None:
+        """End all processes."""
+        for crew in self._crews.values():
+            crew.stop()
+
+
+@pytest.fixture(scope="session")
+def crews(
+    target: Target, pytestconfig: pytest.Config, found_devices: Probe, device_backend: Backend
+) -> Iterator[Crews]:
+    """Crews by size, ended when the session ends."""
+    assert device_backend is not None
+    made = Crews(target, pytestconfig.stash[RUN].options, found_devices)
+    yield made
+    made.stop()
+
+
+@pytest.fixture(params=[1, 2, 4], ids=lambda size: f"world{size}")
+def crew(request: pytest.FixtureRequest, crews: Crews) -> Crew | LonelyCrew:
+    """Worlds of 1, 2 and 4 processes."""
+    return crews.of(request.param)
+
+
+@pytest.fixture(params=[2, 4], ids=lambda size: f"world{size}")
+def several(request: pytest.FixtureRequest, crews: Crews) -> Crew | LonelyCrew:
+    """Worlds of 2 and 4 processes."""
+    return crews.of(request.param)
+
+
+@pytest.fixture
+def pair(crews: Crews) -> Crew | LonelyCrew:
+    """A world of 2 processes."""
+    return crews.of(2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ class SimulatedAccelerator:
     def __init__(self) -> None:
         self._module = simulated.install(FACTS.device_type)
         self._before: int | None = None
+        self._threads = torch.get_num_threads()
 
     @property
     def facts(self) -> DeviceFacts:
@@ -37,10 +39,16 @@ class SimulatedAccelerator:
         return simulated.options().devices
 
     def activate(self, index: int, local_size: int) -> torch.device:
-        """Make device ``index`` current for this process."""
+        """Make device ``index`` current for this process.
+
+        What the devices compute, the host does, so processes on it share its cores.
+        """
         if self._before is None:
             self._before = int(self._module.current_device())
+            self._threads = torch.get_num_threads()
         self._module.set_device(index)
+        share = max(1, (os.cpu_count() or 1) // local_size)
+        torch.set_num_threads(min(self._threads, share))
         return torch.device(FACTS.device_type, index)
 
     def synchronize(self, device: torch.device) -> None:
@@ -51,6 +59,7 @@ class SimulatedAccelerator:
         """Make the device current that was so before. Safe to call twice."""
         if self._before is not None:
             self._module.set_device(self._before)
+            torch.set_num_threads(self._threads)
             self._before = None
 
     def memory_stats(self, device: torch.device) -> Mapping[str, float]:

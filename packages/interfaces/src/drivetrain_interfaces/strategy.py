@@ -72,7 +72,7 @@ class StepSpec:
         clip: Gradient clipping, or None.
         hooks: User code inside the step.
         weight: The weight of a microbatch, such as its number of samples or tokens; None counts
-            every microbatch alike. Only asked when a window holds more than one.
+            every microbatch alike. Not asked for a window of one, unless ranks have a say.
         weight_over_ranks: Whether weights differ between ranks, so that the total is theirs.
     """
 

@@ -40,6 +40,7 @@ def train(backend: Backend, target: Target) -> None:
     """One run from beginning to end, of which nothing is kept."""
     precision = backend.precision(usual_precision(target))
     accelerator = backend.accelerator()
+    accelerator.activate(0, 1)
     context = StrategyContext(accelerator, 0, World(), backend.collectives(World()), precision)
     setup = make_setup(
         target.make_strategy(backend, target.one_device_strategy, context),
