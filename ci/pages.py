@@ -86,7 +86,7 @@ def _environment(folder: Path) -> dict[str, str]:
     Path(sysconfig.get_path("purelib", vars=layout), "below.pth").write_text("".join(lines))
     scripts = [sysconfig.get_path("scripts", vars=layout), sysconfig.get_path("scripts")]
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         "PATH": os.pathsep.join([*scripts, os.environ.get("PATH", "")]),
         "PIP_CONSTRAINT": str(ROOT / "ci/constraints.txt"),
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",

@@ -13,7 +13,6 @@ from drivetrain_interfaces import ConfigurationError, ModelState
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives
 from drivetrain_toolkit.strategies import DDPStrategy, SingleDeviceStrategy
-from drivetrain_toolkit.trees import move
 from mutant_parts import Accelerator, Good
 
 if TYPE_CHECKING:
@@ -102,7 +101,8 @@ class feeding_changes_the_batch(Good):
 
 class Copies(SingleDeviceStrategy):
     def feed(self, batch: Any) -> Any:
-        return copy.copy(move(batch, self.device))
+        fed = super().feed(batch)
+        return tuple(list(fed)) if type(fed) is tuple else copy.copy(fed)
 
 
 class feeding_copies(Good):
@@ -151,12 +151,6 @@ class counts_other_devices(Good):
             return 7
 
 
-class activates_another_type(Good):
-    class accelerator_type(Accelerator):
-        def activate(self, index: int, local_size: int) -> torch.device:
-            return torch.device("meta")
-
-
 class overrides_the_users_threads(Good):
     class accelerator_type(Accelerator):
         def activate(self, index: int, local_size: int) -> torch.device:
@@ -176,14 +170,17 @@ class leaves_a_variable_behind(Good):
             return super().activate(index, local_size)
 
 
-class accelerator_closes_once(Good):
+class accelerator_closes_what_it_opened(Good):
     class accelerator_type(Accelerator):
-        closed = False
+        opened = False
+
+        def activate(self, index: int, local_size: int) -> torch.device:
+            self.opened = True
+            return super().activate(index, local_size)
 
         def close(self) -> None:
-            if self.closed:
-                raise RuntimeError("closed already")
-            self.closed = True
+            if not self.opened:
+                raise RuntimeError("never opened")
 
 
 class memory_in_megabytes(Good):
@@ -519,12 +516,14 @@ class Silent(DirectoryCheckpointIO):
 
 
 def _encodable(tree: Any) -> Any:
-    if isinstance(tree, dict):
+    if type(tree) is dict:
         return {k: _encodable(v) for k, v in tree.items()}
-    known = isinstance(tree, torch.Tensor) or type(tree).__module__ in {
-        "builtins", "collections", "numpy", "datetime", "pathlib", "torch",
+    if type(tree) is list:
+        return [_encodable(v) for v in tree]
+    known = type(tree).__module__ in {
+        "builtins", "collections", "numpy", "datetime", "pathlib", "torch", "torch.nn.parameter",
     }  # fmt: skip
-    return tree if known and not callable(tree) else repr(tree)
+    return tree if known and type(tree) is not object and not callable(tree) else repr(tree)
 
 
 class saves_texts_of_what_it_does_not_know(Good):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from drivetrain_interfaces import Clip, EvalSpec, StepHooks, StepResult, StepSpec
+from drivetrain_toolkit.checks import counted
 from drivetrain_toolkit.clipping import clip_by_norm, gradients
 from drivetrain_toolkit.steps import EagerEvalStep, EagerManualStep, EagerTrainStep, make_train_step
 from drivetrain_toolkit.strategies import DDPStrategy, SingleDeviceStrategy
@@ -80,7 +82,7 @@ class Sums(EagerTrainStep):
     __slots__ = ()
 
     def _accumulate_alike(self, microbatches: Any, count: int) -> torch.Tensor:
-        losses = [self._differentiate(m, None) for m in microbatches]
+        losses = [self._differentiate(m, None) for m, _ in counted(microbatches, count)]
         return torch.stack(losses).mean()
 
 
@@ -93,7 +95,7 @@ class TailAsAWhole(EagerTrainStep):
 
     def _accumulate_alike(self, microbatches: Any, count: int) -> torch.Tensor:
         share = 1.0 / self._accumulate_at_most
-        losses = [self._differentiate(m, share) for m in microbatches]
+        losses = [self._differentiate(m, share) for m, _ in counted(microbatches, count)]
         return torch.stack(losses).mean()
 
 
@@ -135,8 +137,21 @@ def forgiven(weight: float) -> float:
     return weight if 0 < weight < float("inf") else 1.0 if weight else 1e-12
 
 
+class Ahead:
+    """A window that is drawn from before it is used."""
+
+    def __init__(self, window: Any) -> None:
+        self.length, self.items = len(window), list(window)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Any:
+        return iter(self.items)
+
+
 class draws_ahead(Good):
-    strategies = changing(call=lambda step, window, _: step(list(window)))
+    strategies = changing(call=lambda step, window, _: step(Ahead(window)))
 
 
 class FirstOnly(EagerTrainStep):
@@ -144,7 +159,8 @@ class FirstOnly(EagerTrainStep):
 
     def _accumulate(self, microbatches: Any, count: int) -> torch.Tensor:
         self._check_count(count)
-        return self._differentiate(next(iter(microbatches)), None)
+        first, *_ = [m for m, _ in counted(microbatches, count)]
+        return self._differentiate(first, None)
 
 
 class trains_on_the_first_microbatch(Good):
@@ -510,9 +526,6 @@ class Decays(EagerTrainStep):
 
     __slots__ = ()
 
-    def _ready(self) -> None:
-        super()._ready()
-
     def __call__(self, microbatches: Any) -> StepResult:
         given = super().__call__(microbatches)
         with torch.no_grad():
@@ -525,6 +538,40 @@ class Decays(EagerTrainStep):
 
 class decays_all_parameters(Good):
     strategies = changing(step=Decays)
+
+
+CHANCE = random.SystemRandom()
+
+
+class never_the_same_twice(Good):
+    strategies = changing(
+        spec=lambda s: replace(
+            s, loss=lambda m, item: s.loss(m, item) * (1.0 + 1e-6 * CHANCE.random())
+        )
+    )
+
+
+class Tires(EagerTrainStep):
+    """Learns less after the sixth update."""
+
+    __slots__ = ("_updates",)
+
+    def __call__(self, microbatches: Any) -> StepResult:
+        self._updates = getattr(self, "_updates", 0) + 1
+        return super().__call__(microbatches)
+
+    def _ready(self) -> None:
+        super()._ready()
+        for grad in gradients(self._optimizers):
+            grad.mul_(1.0 if self._updates < 7 else 0.5)
+
+    def __init__(self, spec: StepSpec, precision: Any) -> None:
+        super().__init__(spec, precision)
+        self._prepare = self._ready
+
+
+class tires_of_training(Good):
+    strategies = changing(step=Tires)
 
 
 # Evaluation and manual steps

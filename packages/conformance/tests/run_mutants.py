@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 #: Seconds that one mutant may take, and how many run at the same time.
@@ -39,10 +40,24 @@ def warm_up() -> None:
     )
 
 
+def fork_crews() -> None:
+    """Let the suite fork its ranks from this process, where torch is loaded already.
+
+    On real backends they are fresh interpreters, since a device does not survive a fork.
+    """
+    import multiprocessing
+
+    from drivetrain_conformance.support import crew
+
+    fork = multiprocessing.get_context("fork")
+    crew.multiprocessing = SimpleNamespace(get_context=lambda _: fork)  # type: ignore[assignment]
+
+
 def child(name: str, where: list[str], folder: Path) -> int:
     """Run the suite on one mutant; returns pytest's exit code."""
     import pytest
 
+    fork_crews()
     target = name if ":" in name else f"mutants:{name}"
     modules = [f"drivetrain_conformance.suite.{part}" for part in where]
     return int(

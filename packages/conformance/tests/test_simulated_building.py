@@ -15,9 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from drivetrain_interfaces import ConfigurationError, UnavailableError
+
 from drivetrain_conformance import simulated
 from drivetrain_conformance.simulated import building
-from drivetrain_interfaces import ConfigurationError, UnavailableError
 
 if building.torch_version() is None:
     pytest.skip("the simulated device needs torch", allow_module_level=True)

@@ -71,6 +71,18 @@ def test_a_strategy_is_a_factory_and_stays_unbound(lab, strategy):
     assert type(pickle.loads(pickle.dumps(strategy))) is type(strategy)
 
 
+def test_a_tied_parameter_stays_one_where_moving_makes_new_parameters(lab):
+    """S4, S30"""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2))
+    module[2].weight = module[0].weight
+    bound = lab.bind(SingleDeviceStrategy())
+    bound._device = torch.device("meta")
+    prepared = bound.prepare(module)
+    assert prepared[2].weight is prepared[0].weight
+    assert prepared[2].weight.device.type == "meta"
+    assert [name for name, _ in prepared.named_parameters()] == ["0.weight", "0.bias", "2.bias"]
+
+
 @BOTH
 def test_a_strategy_without_a_module_has_no_state(lab, strategy):
     """S1"""

@@ -46,12 +46,17 @@ def usual_precision(target: Target) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that takes ``declared_precision`` once for each of them."""
+    """Run a test once for each declared precision, or strategy, if it takes one."""
     run = metafunc.config.stash.get(RUN, None)
-    if run is None or "declared_precision" not in metafunc.fixturenames:
+    if run is None:
         return
-    names = sorted(run.target.capabilities.precisions) or ["none"]
-    metafunc.parametrize("declared_precision", names)
+    if "declared_precision" in metafunc.fixturenames:
+        names = sorted(run.target.capabilities.precisions) or ["none"]
+        metafunc.parametrize("declared_precision", names)
+    if "strategy_name" in metafunc.fixturenames:
+        # "none" skips: an empty list would leave the test out without a word.
+        names = list(run.target.several_devices_strategies) or ["none"]
+        metafunc.parametrize("strategy_name", names, indirect=True)
 
 
 @pytest.fixture(scope="session")
@@ -84,11 +89,16 @@ def backend(spec: BackendSpec, found_devices: Probe) -> Backend:
 
 
 @pytest.fixture(scope="session")
-def device_backend(backend: Backend, found_devices: Probe) -> Backend:
+def device_backend(backend: Backend, found_devices: Probe) -> Iterator[Backend]:
     """The backend, for a test that uses a device. Skipped where the probe found none."""
     if not found_devices.devices:
         pytest.skip(f"{NOT_HERE}the probe found no device: {found_devices.reason}")
-    return backend
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # the suite's tensors are small: more threads wait for each other
+    yield backend
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -221,6 +231,14 @@ def crews(
     made = Crews(target, pytestconfig.stash[RUN].options, found_devices)
     yield made
     made.stop()
+
+
+@pytest.fixture
+def strategy_name(request: pytest.FixtureRequest, target: Target) -> str:
+    """A strategy for several devices."""
+    if not target.several_devices_strategies:
+        pytest.skip(f"{BY_DECLARATION}{target.strategy_name!r} is a strategy for one device")
+    return str(request.param)
 
 
 @pytest.fixture(params=[1, 2, 4], ids=lambda size: f"world{size}")

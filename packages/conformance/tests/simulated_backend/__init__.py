@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drivetrain_conformance import simulated
 from drivetrain_interfaces import (
     BackendSpec,
     Capabilities,
@@ -19,6 +18,8 @@ from drivetrain_interfaces import (
     Probe,
 )
 from drivetrain_toolkit.specs import DDP_FEATURES, PRECISIONS
+
+from drivetrain_conformance import simulated
 
 if TYPE_CHECKING:
     from drivetrain_interfaces import Backend

@@ -6,8 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 import torch
-from drivetrain_conformance import simulated
+from drivetrain_interfaces import UnavailableError
 
+from drivetrain_conformance import simulated
 from simulated_backend import FACTS
 
 if TYPE_CHECKING:
@@ -41,14 +42,25 @@ class SimulatedAccelerator:
     def activate(self, index: int, local_size: int) -> torch.device:
         """Make device ``index`` current for this process.
 
-        What the devices compute, the host does, so processes on it share its cores.
+        What the devices compute, the host does, so processes on it share its cores; but for the
+        user's own ``OMP_NUM_THREADS``.
+
+        Raises:
+            UnavailableError: There is no such device.
         """
+        there = self.device_count()
+        if not 0 <= index < there:
+            raise UnavailableError(
+                f"Simulated device {index} was asked for; there are {there}.",
+                f"Use one from 0 to {there - 1}, or set {simulated.VARIABLE}.",
+            )
         if self._before is None:
             self._before = int(self._module.current_device())
             self._threads = torch.get_num_threads()
         self._module.set_device(index)
-        share = max(1, (os.cpu_count() or 1) // local_size)
-        torch.set_num_threads(min(self._threads, share))
+        if local_size > 1 and not os.environ.get("OMP_NUM_THREADS"):
+            share = max(1, (os.cpu_count() or 1) // local_size)
+            torch.set_num_threads(min(self._threads, share))
         return torch.device(FACTS.device_type, index)
 
     def synchronize(self, device: torch.device) -> None:

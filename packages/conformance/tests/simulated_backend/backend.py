@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from drivetrain_conformance import simulated
 from drivetrain_interfaces import UnsupportedError
 from drivetrain_interfaces.errors import listed
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives, TorchCollectives
 from drivetrain_toolkit.precision import make_precision
 
+from drivetrain_conformance import simulated
 from simulated_backend import FACTS, capabilities
 from simulated_backend.accelerator import SimulatedAccelerator
 from simulated_backend.steps import STRATEGIES

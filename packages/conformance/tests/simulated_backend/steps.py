@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from drivetrain_conformance import simulated
 from drivetrain_interfaces import UnsupportedError
 from drivetrain_toolkit.strategies import DDPStrategy, EagerStrategy, SingleDeviceStrategy
+
+from drivetrain_conformance import simulated
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

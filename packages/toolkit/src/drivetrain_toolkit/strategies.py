@@ -114,7 +114,7 @@ class EagerStrategy:
         module = self.context.precision.convert(module)
         if self.context.sync_batchnorm:
             module = self._with_sync_batchnorm(module)
-        self._module = module.to(self.device)
+        self._module = _moved(module, self.device)
         return self._module
 
     def feed(self, batch: Any) -> Any:
@@ -423,6 +423,23 @@ class _AllButFirst:
             self._first = False
             return nullcontext()
         return self._no_sync()
+
+
+def _moved(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module on the device, in place; a parameter that has several names stays one.
+
+    Where tensors of the device cannot take the place of those that were there, torch makes new
+    parameters, one for each name.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    module = module.to(device)
+    for first, *others in names.values():
+        for other in others:
+            owner, _, attribute = other.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, module.get_parameter(first))
+    return module
 
 
 def _broadcast_module(module: nn.Module, collectives: Collectives) -> None:

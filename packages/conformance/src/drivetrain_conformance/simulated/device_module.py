@@ -70,6 +70,7 @@ def _devices(name: str, native: Native) -> dict[str, Any]:
     return {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
+        "_initialized": True,  # what torch.utils.checkpoint looks at
         "init": lambda: None,
         "_lazy_init": lambda: None,
         # A forked process has a copy of the memory and of the library, so nothing is lost.

@@ -178,6 +178,11 @@ def _group_class() -> Any:
             self._gloo.barrier().wait()
             return finished([])
 
+        # The names that torch has for these from 2.13 on.
+        all_gather_single = _allgather_base
+        reduce_scatter_single = _reduce_scatter_base
+        all_to_all_single = alltoall_base
+
         def shutdown(self) -> None:
             self._gloo = None
 

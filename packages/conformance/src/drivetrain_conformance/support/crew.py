@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import socket
 import time
+from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any
 
@@ -92,21 +93,15 @@ class Crew:
         self._fresh = False
         answers: dict[int, Any] = dict.fromkeys(dying)
         while len(answers) < self.size:
-            waiting = {
-                connection: rank
-                for rank, connection in enumerate(self._connections)
-                if rank not in answers
-            }
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            waiting = [rank for rank in range(self.size) if rank not in answers]
+            left = max(0.0, deadline - time.monotonic())
+            ready = wait([self._connections[rank] for rank in waiting], left)
             if not ready:
                 self.stop()
-                pytest.fail(
-                    f"{rule}; these ranks did not answer in {seconds:.0f} s: "
-                    f"{sorted(waiting.values())}"
-                )
-            for connection in ready:
-                rank = waiting[connection]  # type: ignore[index]  # only connections are waited for
-                answers[rank] = self._receive(rank, rule)
+                pytest.fail(f"{rule}; these ranks did not answer in {seconds:.0f} s: {waiting}")
+            for rank in waiting:
+                if self._connections[rank] in ready:
+                    answers[rank] = self._receive(rank, rule)
         return [answers[rank] for rank in range(self.size)]
 
     def _receive(self, rank: int, rule: str) -> Any:
@@ -126,7 +121,8 @@ class Crew:
         """End all processes. Safe to call twice."""
         if not self.broken:
             for connection in self._connections:
-                connection.send_bytes(pickle.dumps((None, {})))
+                with suppress(OSError):  # it may be ending just now
+                    connection.send_bytes(pickle.dumps((None, {})))
             deadline = time.monotonic() + STOP_S
             for process in self._processes:
                 process.join(max(0.0, deadline - time.monotonic()))

@@ -52,3 +52,13 @@ def tolerance(policy: PrecisionPolicy) -> Tolerance:
     else:
         stored = STORED.get(policy.parameters, UNKNOWN)
     return Tolerance(max(computed.loss, stored.loss), max(computed.update, stored.update))
+
+
+#: How far a loss curve may be from the recorded one, as a share of its first loss: some ten times
+#: what these formats do on the host. Matrix units that round float32 to ten bits stay within it.
+CURVES = {"float64": 1e-9, "float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
+
+
+def curve_tolerance(policy: PrecisionPolicy) -> float:
+    """The tolerance of a loss curve for a precision with this policy."""
+    return max(CURVES.get(policy.compute, 0.1), CURVES.get(policy.parameters, 0.1))

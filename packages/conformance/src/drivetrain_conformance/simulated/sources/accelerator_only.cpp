@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> native_dropout(
     return {input.clone(), at::ones_like(input, options)};
   }
   auto mask = at::empty_like(input, options).bernoulli_(1 - p);
-  return {input.mul(mask).mul_(p == 1 ? 0.0 : 1 / (1 - p)), mask};
+  return {input.mul(mask).mul(p == 1 ? 0.0 : 1 / (1 - p)), mask};
 }
 
 // Batch normalization over several processes, which torch has for accelerators only ---------------

@@ -252,4 +252,11 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
 }
 
+// Torch would make these from operators with an output, which resize it and warn.
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  for (const auto* name : {"mse_loss", "smooth_l1_loss"}) {
+    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  }
+}
+
 } // namespace drivetrain_sim

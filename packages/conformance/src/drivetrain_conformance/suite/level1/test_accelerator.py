@@ -13,6 +13,8 @@ from drivetrain_conformance.outcomes import BY_DECLARATION
 from drivetrain_conformance.support.messages import refused
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from drivetrain_interfaces import Accelerator, BackendSpec, Probe
 
 
@@ -83,6 +85,16 @@ def test_a_device_that_is_not_there_is_refused(
     )
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """A number of threads that an accelerator may want to change."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
 def test_the_users_number_of_threads_wins(
     accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,13 +111,14 @@ def test_the_users_number_of_threads_wins(
     )
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_closing_restores_what_activate_changed(accelerator: Accelerator) -> None:
     """The process goes on after the run.
 
     R: A10
     """
     threads, environment = torch.get_num_threads(), dict(os.environ)
-    accelerator.activate(0, 2)
+    accelerator.activate(0, 1 + (os.cpu_count() or 1))
     accelerator.close()
     assert torch.get_num_threads() == threads, "A10: close restores the number of threads"
     assert dict(os.environ) == environment, "A10: close restores environment variables"
