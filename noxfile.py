@@ -34,6 +34,14 @@ def uses_torch(name: str) -> bool:
     return any(need.startswith("torch") for need in PROJECTS[name]["project"]["dependencies"])
 
 
+def tested_with_torch(name: str) -> bool:
+    """Whether a package's tests need the other packages of this tree, though it does not itself.
+
+    It says so by ``environment = "shared"`` in ``[tool.drivetrain]``.
+    """
+    return uses_torch(name) or PROJECTS[name]["tool"]["drivetrain"].get("environment") == "shared"
+
+
 def own_environment(name: str) -> bool:
     """Whether a package cannot share an environment with the others.
 
@@ -52,7 +60,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = [
     "lint", "gates", "imports", "wheels", "types", "tests", "integration", "docs", "alone",
-    "scaffold", "quickstart",
+    "scaffold", "mutants", "quickstart",
 ]  # fmt: skip
 
 
@@ -103,7 +111,7 @@ def quickstart(session: nox.Session) -> None:
 @nox.parametrize("name", ids(ALL))
 def tests(session: nox.Session, name: str) -> None:
     """Run the tests of one package; of one without torch, where there is no torch."""
-    if own_environment(name) or not uses_torch(name):
+    if own_environment(name) or not tested_with_torch(name):
         local = ["interfaces", *(["toolkit"] if uses_torch(name) else []), name]
         session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *editable(local))
         python = "python"
@@ -204,9 +212,7 @@ def scaffold(session: nox.Session) -> None:
         line
         for name in ("toolkit", "conformance")
         for line in str(
-            session.run(
-                sys.executable, "ci/wheels.py", "closure", name, external=True, silent=True
-            )
+            session.run(sys.executable, "ci/wheels.py", "closure", name, external=True, silent=True)
         ).split()
     }
     kit = next(path for path in paths if "drivetrain_conformance" in path)
@@ -223,6 +229,13 @@ def scaffold(session: nox.Session) -> None:
     session.run("python", str(ROOT / "ci/fill_in.py"), str(package))
     session.run("pytest", "tests")
     session.run(*suite, "--drivetrain-level=1", *session.posargs)
+
+
+@nox.session(venv_backend="none")
+def mutants(session: nox.Session) -> None:
+    """Run the kit on every backend that breaks a rule: ``nox -s mutants -- draws_ahead``."""
+    runner = f"{FOLDER}/conformance/tests/run_mutants.py"
+    session.run(shared_python(session), runner, *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
@@ -248,6 +261,8 @@ def release(session: nox.Session) -> None:
 def benchmarks(session: nox.Session) -> None:
     """Measure beside other frameworks: ``nox -s benchmarks -- step_overhead [options]``."""
     peers = ("lightning", "accelerate", "pytorch-ignite")
-    session.install("-q", *CONSTRAINTS, *peers, *editable(["interfaces", "toolkit", "cpu", "trainer"]))
+    session.install(
+        "-q", *CONSTRAINTS, *peers, *editable(["interfaces", "toolkit", "cpu", "trainer"])
+    )
     name, *options = session.posargs or ["step_overhead"]
     session.run("python", f"benchmarks/{name}.py", *options)

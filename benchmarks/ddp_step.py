@@ -175,9 +175,23 @@ def run_one(name: str, steps: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         output = os.path.join(folder, "out.json")
         subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-             __file__, "--worker", name, "--steps", str(steps), "--output", output],
-            check=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node=2",
+                __file__,
+                "--worker",
+                name,
+                "--steps",
+                str(steps),
+                "--output",
+                output,
+            ],
+            check=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.DEVNULL,
         )
         with open(output, encoding="utf-8") as file:

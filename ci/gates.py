@@ -23,6 +23,7 @@ else:
     import tomli as tomllib
 
 import golden
+import untested
 
 ROOT = Path(__file__).parents[1]
 VENDORS = re.compile("cuda|xla|hpu|ipu|habana|poptorch|deepspeed|horovod", re.IGNORECASE)
@@ -191,6 +192,11 @@ def changes_are_told(root: Path, since: str) -> Iterator[str]:
             yield f"{base}/src changed since {since}, and {base}/changes tells nobody"
 
 
+def untested_rules(root: Path) -> Iterator[str]:
+    """Every rule of the contracts is broken by a mutant, or listed as one that none breaks."""
+    yield from untested.faults(root)
+
+
 GATES: tuple[Callable[[Path], Iterator[str]], ...] = (
     same_outside,
     neutral_source,
@@ -199,6 +205,7 @@ GATES: tuple[Callable[[Path], Iterator[str]], ...] = (
     modules_stay_short,
     everybody_is_listed,
     fragments,
+    untested_rules,
 )
 
 

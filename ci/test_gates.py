@@ -9,6 +9,7 @@ import gates
 import golden
 import links
 import pytest
+import untested
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,6 +39,19 @@ state = "stable"
 [tool.ruff]
 extend = "../../pyproject.toml"
 """
+
+
+SUITE = '''
+def test_odd():
+    """Odd.
+
+    R: O1
+    """
+'''
+
+
+def _mutant(rule: str, test: str) -> str:
+    return f'[[mutant]]\nname = "even"\nrules = ["{rule}"]\ncaught_by = ["{test}"]\n'
 
 
 def _write(path: Path, text: str = "") -> None:
@@ -82,6 +96,12 @@ def tree(tmp_path: Path) -> Path:
     _write(tmp_path / "docs/errors/DT101.md", PAGE)
     _write(tmp_path / "ci/messages/DT101.txt")
     _update_messages(tmp_path)
+    _write(tmp_path / "docs/contracts/odd.md", "# Odd\n\n- **O1** Be odd.\n- **O2** Stay so.\n")
+    _write(tmp_path / untested.SUITE / "level0/test_odd.py", SUITE)
+    _write(tmp_path / untested.MUTANTS, _mutant("O1", "test_odd"))
+    _write(tmp_path / "docs/index.md", "## Bringing hardware\n")
+    found, _, mutants = untested.survey(tmp_path)
+    _write(tmp_path / untested.PAGE, untested.page(found, mutants))
     return tmp_path
 
 
@@ -127,6 +147,10 @@ CORE = "packages/interfaces/src/drivetrain_interfaces"
         ("README.md", "", gates.everybody_is_listed, "does not link packages/npu"),
         (f"{NPU}/changes/2.fix.md", "x", gates.fragments, "2.fix.md is not named"),
         (f"{NPU}/changes/2.bugfix.md", " \n", gates.fragments, "is empty"),
+        (untested.MUTANTS, _mutant("O1", "test_even"), gates.untested_rules, "no test of"),
+        (untested.MUTANTS, _mutant("O2", "test_odd"), gates.untested_rules, "it cites that"),
+        (untested.MUTANTS, _mutant("O9", "test_odd"), gates.untested_rules, "which is no rule"),
+        ("docs/contracts/odd.md", "- **O1** Be odd.\n", gates.untested_rules, "--write"),
     ],
 )  # fmt: skip
 def test_a_gate_notices_what_is_broken(

@@ -12,14 +12,13 @@ import argparse
 import sys
 from typing import Any
 
+import drivetrain
 import torch
+from drivetrain.callbacks import ModelCheckpoint
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-import drivetrain
-from drivetrain.callbacks import ModelCheckpoint
 
 
 class Digits(drivetrain.DataModule):

@@ -53,11 +53,16 @@ class Accelerator:
         pass
 
 
+def strategies(single: Any = SingleDeviceStrategy, several: Any = DDPStrategy) -> dict[str, Any]:
+    """Strategies by name."""
+    return {"single_device": single, "ddp": several}
+
+
 class Good:
     """A backend of toolkit parts that breaks nothing. A mutant replaces one of its parts."""
 
     accelerator_type: Any = Accelerator
-    strategies: dict[str, Any] = {"single_device": SingleDeviceStrategy, "ddp": DDPStrategy}
+    strategies: Any = strategies()
     collectives_type: Any = TorchCollectives
     checkpoint_type: Any = DirectoryCheckpointIO
 

@@ -19,22 +19,27 @@ MIXED = ("bf16-mixed", "16-mixed")
 TRUE = ("16-true", "bf16-true", "64-true")
 
 
+def only(name: str, make: Any) -> dict[str, Any]:
+    """One precision that something else makes."""
+    return {name: make}
+
+
 class Precise(Good):
     """A backend whose precisions of some names are made by something else."""
 
-    others: dict[str, Any] = {}
+    others: Any = ()
 
     def precision(self, name: str) -> Any:
         super().precision(name)
-        return self.others.get(name, lambda n: make_precision(n, "cpu"))(name)
+        return dict(self.others).get(name, lambda n: make_precision(n, "cpu"))(name)
+
+
+class WrongPolicy(AutocastPrecision):
+    policy = PrecisionPolicy()
 
 
 class policy_of_another(Precise):
-    class Wrong(AutocastPrecision):
-        policy = PrecisionPolicy()
-
-    Wrong.__qualname__ = "policy_of_another.Wrong"
-    others = {"bf16-mixed": lambda _: policy_of_another.Wrong("cpu")}
+    others = only("bf16-mixed", lambda _: WrongPolicy("cpu"))
 
 
 class Converting(FullPrecision):
@@ -43,7 +48,7 @@ class Converting(FullPrecision):
 
 
 class full_precision_converts(Precise):
-    others = {"32-true": lambda _: Converting()}
+    others = only("32-true", lambda _: Converting())
 
 
 class Replacing(TruePrecision):
@@ -80,7 +85,7 @@ class Coarse(TruePrecision):
 
 
 class converting_changes_values(Precise):
-    others = {"64-true": Coarse}
+    others = only("64-true", Coarse)
 
 
 class CastsAll(TruePrecision):
@@ -113,7 +118,7 @@ class NoContext(AutocastPrecision):
 
 
 class mixed_without_autocast(Precise):
-    others = {"bf16-mixed": lambda _: NoContext("cpu")}
+    others = only("bf16-mixed", lambda _: NoContext("cpu"))
 
 
 class CastsParameters(AutocastPrecision):
@@ -122,7 +127,7 @@ class CastsParameters(AutocastPrecision):
 
 
 class mixed_casts_parameters(Precise):
-    others = {"bf16-mixed": lambda _: CastsParameters("cpu")}
+    others = only("bf16-mixed", lambda _: CastsParameters("cpu"))
 
 
 class _Leaking:
@@ -143,7 +148,7 @@ class Leaks(AutocastPrecision):
 
 
 class context_leaks_on_errors(Precise):
-    others = {"bf16-mixed": lambda _: Leaks("cpu")}
+    others = only("bf16-mixed", lambda _: Leaks("cpu"))
 
 
 class Plain(TruePrecision):
@@ -152,7 +157,7 @@ class Plain(TruePrecision):
 
 
 class double_makes_single_tensors(Precise):
-    others = {"64-true": Plain}
+    others = only("64-true", Plain)
 
 
 class Inside(AutocastPrecision):
@@ -162,7 +167,7 @@ class Inside(AutocastPrecision):
 
 
 class backward_inside_autocast(Precise):
-    others = {"bf16-mixed": lambda _: Inside("cpu")}
+    others = only("bf16-mixed", lambda _: Inside("cpu"))
 
 
 class Locked(FullPrecision):
@@ -171,7 +176,7 @@ class Locked(FullPrecision):
 
 
 class precision_does_not_pickle(Precise):
-    others = {"32-true": lambda _: Locked()}
+    others = only("32-true", lambda _: Locked())
 
 
 class Stateful(FullPrecision):
@@ -180,7 +185,7 @@ class Stateful(FullPrecision):
 
 
 class precision_state_is_no_json(Precise):
-    others = {"32-true": lambda _: Stateful()}
+    others = only("32-true", lambda _: Stateful())
 
 
 # Loss scales
@@ -196,7 +201,7 @@ class Applies(ScaledAutocastPrecision):
 
 
 class claims_to_have_applied(Precise):
-    others = {"16-mixed": Applies}
+    others = only("16-mixed", Applies)
 
 
 class Moves(ScaledAutocastPrecision):
@@ -216,7 +221,7 @@ class Moves(ScaledAutocastPrecision):
 
 
 class moves_what_is_not_finite(Precise):
-    others = {"16-mixed": Moves}
+    others = only("16-mixed", Moves)
 
 
 class Each(ScaledAutocastPrecision):
@@ -233,7 +238,7 @@ class Each(ScaledAutocastPrecision):
 
 
 class decides_for_each_optimizer(Precise):
-    others = {"16-mixed": Each}
+    others = only("16-mixed", Each)
 
 
 class Stubborn(ScaledAutocastPrecision):
@@ -242,7 +247,7 @@ class Stubborn(ScaledAutocastPrecision):
 
 
 class scale_hardly_shrinks(Precise):
-    others = {"16-mixed": Stubborn}
+    others = only("16-mixed", Stubborn)
 
 
 class ScaledHooks(ScaledAutocastPrecision):
@@ -258,7 +263,7 @@ class ScaledHooks(ScaledAutocastPrecision):
 
 
 class prepares_before_it_unscales(Precise):
-    others = {"16-mixed": ScaledHooks}
+    others = only("16-mixed", ScaledHooks)
 
 
 class Forgets(ScaledAutocastPrecision):
@@ -270,7 +275,7 @@ class Forgets(ScaledAutocastPrecision):
 
 
 class scale_is_not_saved(Precise):
-    others = {"16-mixed": Forgets}
+    others = only("16-mixed", Forgets)
 
 
 class Deaf(ScaledAutocastPrecision):
@@ -282,7 +287,7 @@ class Deaf(ScaledAutocastPrecision):
 
 
 class scale_is_not_loaded(Precise):
-    others = {"16-mixed": Deaf}
+    others = only("16-mixed", Deaf)
 
 
 class Eager(ScaledAutocastPrecision):
@@ -298,7 +303,7 @@ class Eager(ScaledAutocastPrecision):
 
 
 class updates_before_any_backward(Precise):
-    others = {"16-mixed": Eager}
+    others = only("16-mixed", Eager)
 
 
 class Halves(ScaledAutocastPrecision):
@@ -310,7 +315,7 @@ class Halves(ScaledAutocastPrecision):
 
 
 class scales_half_parameters(Precise):
-    others = {"16-mixed": Halves}
+    others = only("16-mixed", Halves)
 
 
 class Early(ScaledAutocastPrecision):
@@ -326,4 +331,4 @@ class Early(ScaledAutocastPrecision):
 
 
 class scale_changes_between_updates(Precise):
-    others = {"16-mixed": Early}
+    others = only("16-mixed", Early)

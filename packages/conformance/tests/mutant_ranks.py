@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from drivetrain_interfaces import DataError, ModelState, ReduceOp, StepSpec
 from drivetrain_toolkit.collectives import TorchCollectives
-from drivetrain_toolkit.strategies import DDPStrategy, EagerStrategy, SingleDeviceStrategy
-from mutant_parts import Good
+from drivetrain_toolkit.strategies import DDPStrategy, EagerStrategy
+from mutant_parts import Good, strategies
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +204,7 @@ class side_channel_keeps_the_first_post(Good):
 
 def together(strategy: Any) -> dict[str, Any]:
     """Strategies of which the one for several devices is another."""
-    return {"single_device": SingleDeviceStrategy, "ddp": strategy}
+    return strategies(several=strategy)
 
 
 class Apart(DDPStrategy):

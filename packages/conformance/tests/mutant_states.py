@@ -12,8 +12,8 @@ import torch
 from drivetrain_interfaces import ConfigurationError, ModelState
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives
-from drivetrain_toolkit.strategies import DDPStrategy, SingleDeviceStrategy
-from mutant_parts import Accelerator, Good
+from drivetrain_toolkit.strategies import SingleDeviceStrategy
+from mutant_parts import Accelerator, Good, strategies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def alone(strategy: Any) -> dict[str, Any]:
     """Strategies of which the one for one device is another."""
-    return {"single_device": strategy, "ddp": DDPStrategy}
+    return strategies(strategy)
 
 
 # Placement
@@ -102,7 +102,7 @@ class feeding_changes_the_batch(Good):
 class Copies(SingleDeviceStrategy):
     def feed(self, batch: Any) -> Any:
         fed = super().feed(batch)
-        return tuple(list(fed)) if type(fed) is tuple else copy.copy(fed)
+        return (*[*fed],) if type(fed) is tuple else copy.copy(fed)
 
 
 class feeding_copies(Good):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +12,9 @@ from drivetrain_interfaces import Clip, EvalSpec, StepHooks, StepResult, StepSpe
 from drivetrain_toolkit.checks import counted
 from drivetrain_toolkit.clipping import clip_by_norm, gradients
 from drivetrain_toolkit.steps import EagerEvalStep, EagerManualStep, EagerTrainStep, make_train_step
-from drivetrain_toolkit.strategies import DDPStrategy, SingleDeviceStrategy
+from drivetrain_toolkit.strategies import SingleDeviceStrategy
 from mutant_parts import Good
+from mutant_parts import strategies as both
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,7 +43,7 @@ def changing(
                 built = step(asked, self.context.precision)
             return Around(built, asked, result, call)
 
-    return {"single_device": Changed, "ddp": DDPStrategy}
+    return both(Changed)
 
 
 class Around:
@@ -388,7 +389,7 @@ class Anyhow(SingleDeviceStrategy):
 
 
 class takes_any_clipping(Good):
-    strategies = {"single_device": Anyhow, "ddp": DDPStrategy}
+    strategies = both(Anyhow)
 
 
 # Hooks
@@ -470,10 +471,8 @@ def quiet(call: Any) -> Any:
         return None
 
     def run(*args: Any) -> None:
-        try:
+        with suppress(Exception):  # that is what is broken here
             call(*args)
-        except Exception:  # noqa: BLE001, S110 - that is what is broken here
-            pass
 
     return run
 
@@ -506,7 +505,7 @@ class StepsOnce(SingleDeviceStrategy):
 
 
 class evaluates_a_closure_once(Good):
-    strategies = {"single_device": StepsOnce, "ddp": DDPStrategy}
+    strategies = both(StepsOnce)
 
 
 class ForgetsClosures(SingleDeviceStrategy):
@@ -518,7 +517,7 @@ class ForgetsClosures(SingleDeviceStrategy):
 
 
 class forgets_an_optimizer_with_a_closure(Good):
-    strategies = {"single_device": ForgetsClosures, "ddp": DDPStrategy}
+    strategies = both(ForgetsClosures)
 
 
 class Decays(EagerTrainStep):
@@ -584,7 +583,7 @@ def evaluating(step: Callable[[EvalSpec, Any], Any]) -> dict[str, Any]:
         def eval_step(self, spec: EvalSpec) -> Any:
             return step(spec, self.context.precision)
 
-    return {"single_device": Changed, "ddp": DDPStrategy}
+    return both(Changed)
 
 
 class WithGradients(EagerEvalStep):
@@ -646,7 +645,7 @@ def stepping(step: Any) -> dict[str, Any]:
             super().manual_step(spec)
             return step(spec, self.context.precision)
 
-    return {"single_device": Changed, "ddp": DDPStrategy}
+    return both(Changed)
 
 
 class ManualClears(EagerManualStep):

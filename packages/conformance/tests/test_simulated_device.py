@@ -447,16 +447,20 @@ def test_without_operators_in_place_training_works_and_they_are_refused() -> Non
         for _ in range(2):
             module(torch.ones(1, 2, device="sim")).sum().backward()
             optimizer.step()
+        leaf = torch.ones(2, device="sim", requires_grad=True)
         for write in (
             lambda x: x.add_(1),
             lambda x: F.relu(x, inplace=True),
             lambda x: x.mul_(x),
+            lambda x: x[0].fill_(0),
+            lambda x: torch.zeros(2, device="sim").add_(x),
             lambda x: torch._foreach_add_([x], 1),
         ):
             with pytest.raises(RuntimeError, match="does not support operators in place"):
-                write(torch.ones(2, device="sim"))
+                write(leaf * 1)
         with torch.no_grad():
-            torch.ones(2, device="sim").add_(1)
+            leaf.add_(1)
+        torch.ones(2, device="sim").add_(1)
 
 
 def test_a_launch_can_take_longer() -> None:

@@ -16,12 +16,14 @@ from drivetrain_interfaces import (
     BackendSpec,
     Capabilities,
     CheckpointError,
+    ConfigurationError,
     ContractVersion,
     DataError,
     DeviceFacts,
     ModelState,
     PrecisionPolicy,
     Probe,
+    ReduceOp,
     StepResult,
     StorageError,
     UnavailableError,
@@ -84,17 +86,30 @@ class Precision:
 
 
 class Collectives:
-    def all_reduce(self, tensor: Any, op: Any = None) -> Any:
+    def all_reduce(self, tensor: Any, op: ReduceOp = ReduceOp.SUM) -> Any:
+        kind = str(tensor.dtype)
+        if op is ReduceOp.MEAN and not tensor.is_floating_point() and not tensor.is_complex():
+            raise refused(f"the mean of {kind}", "Convert to a floating dtype first.")
+        if op is ReduceOp.SUM and kind == "torch.bool":
+            raise refused(f"the sum of {kind}", "Convert to an integer dtype first.")
         return tensor.clone()
 
     def all_gather(self, tensor: Any) -> list[Any]:
         return [tensor.clone()]
 
     def broadcast(self, tensor: Any, source: int = 0) -> Any:
+        self.check(source)
         return tensor.clone()
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
+        self.check(source)
         return value
+
+    def check(self, source: int) -> None:
+        if source:
+            raise ConfigurationError(
+                f"A broadcast from rank {source} was asked for in a world of 1.", "Use rank 0."
+            )
 
     def barrier(self) -> None:
         pass

@@ -6,7 +6,7 @@ Whatever changes a number here, or the order in which numbers are drawn, needs n
 
 from __future__ import annotations
 
-import random
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from drivetrain_conformance.support.problems import exact, fill
+from drivetrain_conformance.support.problems import draw, exact, fill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,11 +107,7 @@ class Transformer(nn.Module):
 
 def labels(shape: tuple[int, ...], below: int, seed: int) -> Tensor:
     """Class numbers, drawn by Python's own generator."""
-    draw = random.Random(seed)  # noqa: S311 - reproducible is what it has to be
-    count = 1
-    for size in shape:
-        count *= size
-    return torch.tensor([draw.randrange(below) for _ in range(count)]).reshape(shape)
+    return torch.tensor(draw(math.prod(shape), below, seed)).reshape(shape)
 
 
 def cross_entropy(module: nn.Module, batch: Batch) -> Tensor:

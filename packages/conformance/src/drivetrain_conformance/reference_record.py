@@ -3,7 +3,6 @@
 Run it with ``python -m drivetrain_conformance.reference_record``. They are computed in float64 on
 the host, by torch alone. With ``--check`` nothing is written, and the exit code says whether the
 recordings still hold.
-the exit code says whether the recordings still hold.
 """
 
 from __future__ import annotations

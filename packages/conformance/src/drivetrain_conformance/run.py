@@ -86,10 +86,16 @@ class ConformanceRun:
         return pytest.Module.from_parent(parent, path=file_path)
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_pycollect_makeitem(self, collector: pytest.Collector, name: str, obj: Any) -> None:
-        """Collect the suite's functions also where ``python_functions`` would not."""
-        if name in functions() and is_test_file(collector.path):
-            obj.__test__ = True
+    def pytest_pycollect_makeitem(
+        self, collector: pytest.Collector, name: str, obj: Any
+    ) -> list[pytest.Item] | None:
+        """Collect the suite's functions, and nothing else, whatever ``python_functions`` is."""
+        if not is_test_file(collector.path):
+            return None
+        if name not in functions():
+            return []
+        obj.__test__ = True
+        return None
 
     def pytest_itemcollected(self, item: pytest.Item) -> None:
         """Give a test of the suite what it needs, instead of what the vendor's settings say."""

@@ -25,8 +25,8 @@ class Options:
         memory_limit: Bytes that each has; None is as much as the host has.
         fp16: Whether they have ``torch.float16``.
         inference_mode: Whether operators work in ``torch.inference_mode``.
-        inplace: Whether operators work in place where gradients are recorded. Filling and copying
-            always do, and so does what an optimizer does to its parameters.
+        inplace: Whether operators may write over tensors while gradients of them are recorded.
+            Copying always may, and an optimizer records nothing.
         latency_us: Microseconds that each launch takes besides its work.
         fail_at_launch: The launch at which a device fails, as do all later ones.
         hang_at_collective: The collective that waits until the group's timeout, and raises.

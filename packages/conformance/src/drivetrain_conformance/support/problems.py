@@ -6,6 +6,7 @@ backend may declare holds them exactly, and a difference is the arithmetic's.
 
 from __future__ import annotations
 
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,16 @@ _STEPS = 64
 FEATURES, HIDDEN, OUTPUTS = 3, 5, 2
 
 
+def draw(count: int, below: int, seed: int) -> list[int]:
+    """Integers from 0 up, the same in every version of Python: only ``random()`` promises that."""
+    generator = random.Random(seed)  # noqa: S311 - reproducible is what it has to be
+    return [int(generator.random() * below) for _ in range(count)]
+
+
 def exact(shape: Sequence[int], seed: int, *, below: float = 1.0) -> Tensor:
     """A float32 tensor of multiples of 1/64 between ``-below`` and ``below``."""
-    draw = random.Random(seed)  # noqa: S311 - reproducible is what it has to be
     most = round(below * _STEPS)
-    count = 1
-    for size in shape:
-        count *= size
-    values = [draw.randint(-most, most) / _STEPS for _ in range(count)]
+    values = [(n - most) / _STEPS for n in draw(math.prod(shape), 2 * most + 1, seed)]
     return torch.tensor(values, dtype=torch.float32).reshape(tuple(shape))
 
 

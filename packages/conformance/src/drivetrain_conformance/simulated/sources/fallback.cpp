@@ -186,12 +186,12 @@ void check_options(const c10::FunctionSchema& schema, at::ArrayRef<IValue> argum
   if (state.inplace || !c10::GradMode::is_enabled() || !is_in_place(schema, arguments)) {
     return;
   }
-  // Filling a new tensor is how every device makes one.
-  static const std::unordered_set<std::string> fills{
-      "aten::fill_", "aten::zero_", "aten::fill", "aten::bernoulli_", "aten::normal_",
-      "aten::uniform_", "aten::random_", "aten::exponential_"};
+  bool recorded = false;
+  each_tensor(arguments, [&](const at::Tensor& tensor) {
+    recorded = recorded || (tensor.defined() && tensor.requires_grad());
+  });
   TORCH_CHECK(
-      fills.count(schema.name()) > 0,
+      !recorded,
       "The simulated device does not support operators in place where gradients are recorded, and ",
       schema.name(), " was called.");
 }
