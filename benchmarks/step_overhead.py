@@ -1,10 +1,10 @@
 """What a training loop costs per step, beside a hand-written one and beside other frameworks.
 
 Every contender trains the same MLP (64-32-10, ReLU) on the same prebuilt batches of 32 with SGD,
-one thread, and the same number of steps. Contenders take turns, round by round, in one process. Time is
-taken where the data is drawn, for every 50 steps (so each stretch holds one log point), and set-up
-costs nobody anything. What counts is the mean of the fastest twentieth of the stretches over all
-rounds: other work on the machine disturbs these least.
+one thread, and the same number of steps. Contenders take turns, round by round, in one process.
+Time is taken where the data is drawn, for every 50 steps (so each stretch holds one log point), and
+set-up costs nobody anything. What counts is the mean of the fastest twentieth of the stretches over
+all rounds: other work on the machine disturbs these least.
 
     python -m nox -s benchmarks -- step_overhead
 """

@@ -137,9 +137,15 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return static_cast<c10::DeviceIndex>(global_state().devices.load());
   }
 
-  c10::Stream getStream(c10::Device device) const override {
+  // These two may not throw in older versions of torch.
+  c10::Stream getStream(c10::Device device) const noexcept override {
     const auto index = or_current(device.index());
     return c10::Stream(c10::Stream::UNSAFE, c10::Device(kType, index), t_streams[index]);
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override {
+    const auto before = getStream(stream.device());
+    t_streams[stream.device_index()] = stream.id();
+    return before;
   }
   c10::Stream getDefaultStream(c10::Device device) const override {
     return c10::Stream(c10::Stream::DEFAULT, c10::Device(kType, or_current(device.index())));
@@ -150,11 +156,6 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
     return getNewStream(device, 0);
-  }
-  c10::Stream exchangeStream(c10::Stream stream) const override {
-    const auto before = getStream(stream.device());
-    t_streams[stream.device_index()] = stream.id();
-    return before;
   }
   bool queryStream(const c10::Stream&) const override {
     return true;
@@ -246,10 +247,11 @@ const at::Generator& default_generator(c10::DeviceIndex index) {
 // -------------------------------------------------------------------------------------------------
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool isBuilt() const override {
+  // No override: torch 2.6 does not have these two.
+  bool isBuilt() const {
     return true;
   }
-  bool isAvailable() const override {
+  bool isAvailable() const {
     return true;
   }
   bool hasPrimaryContext(c10::DeviceIndex) const override {
