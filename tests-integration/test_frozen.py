@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,13 @@ import pytest
 import torch
 from drivetrain import Callback, Module, Trainer
 from drivetrain.callbacks.base import Moment
+from drivetrain_conformance.selection import functions
 from drivetrain_interfaces import CONTRACT, BackendSpec
 from torch.utils.data import DataLoader, TensorDataset
 
 FROZEN = sorted((Path(__file__).parent / "frozen").glob("contract_*/backend.py"))
+#: The beginning of the SHA-256 of each file. An entry is added with its file and never changed.
+UNTOUCHED = {"contract_0_1": "dc133b9be7fac966"}
 
 
 def _spec(path: Path) -> BackendSpec:
@@ -84,6 +89,31 @@ def _trainer(backend: BackendSpec, folder: Path, **settings) -> Trainer:
 
 def test_there_is_a_frozen_backend_of_the_contract_of_today() -> None:
     assert f"contract_{CONTRACT.major}_{CONTRACT.minor}" in [path.parent.name for path in FROZEN]
+
+
+def test_nobody_has_edited_one() -> None:
+    found = {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in FROZEN}
+    assert found == UNTOUCHED
+
+
+@pytest.mark.parametrize("path", FROZEN, ids=lambda path: path.parent.name)
+def test_it_keeps_the_rules_of_one_device_but_for_the_layout_of_checkpoints(path: Path) -> None:
+    modules = {f.path for f in functions().values() if f.level <= 1}
+    names = [f"{m.parent.name}.{m.stem}" for m in sorted(modules) if "checkpoint" not in m.stem]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-B", "-m", "pytest", "-q", "-p", "no:cacheprovider"),
+            *("-c", os.devnull, "--drivetrain-backend=backend:spec", "--pyargs"),
+            *(f"drivetrain_conformance.suite.{name}" for name in names),
+        ],
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+    assert len(names) > 10
 
 
 def test_its_contract_is_the_one_of_its_folder(backend: BackendSpec, request) -> None:

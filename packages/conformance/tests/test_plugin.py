@@ -90,18 +90,22 @@ def kit(pytester, monkeypatch):
     pytester.makepyfile(fake=FAKE)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
-    def run(*arguments, backend="fake:spec", suite="drivetrain_conformance.suite", level="0"):
+    def run(
+        *arguments,
+        backend="fake:spec",
+        suite="drivetrain_conformance.suite",
+        start=pytester.runpytest_inprocess,
+    ):
         report = pytester.path / "reports" / "report.json"
-        result = pytester.runpytest_subprocess(
+        result = start(
             "--pyargs",
             suite,
             f"--drivetrain-backend={backend}",
-            f"--drivetrain-level={level}",
+            "--drivetrain-level=0",
             "--drivetrain-report=reports/report.json",
             "-p",
             "no:cacheprovider",
             *arguments,
-            timeout=100,
         )
         content = json.loads(report.read_text("utf-8")) if report.exists() else None
         return result, content
@@ -135,7 +139,7 @@ def test_a_whole_run_is_a_conformance_run(kit):
 def test_level_0_needs_no_torch(kit, pytester):
     """A machine that only plans may lack it."""
     pytester.makepyfile(torch="raise ImportError('there is no torch here')")
-    result, report = kit()
+    result, report = kit(start=pytester.runpytest_subprocess)
     assert result.ret == 0
     assert report["verdict"] == "passed"
 
@@ -196,7 +200,7 @@ def test_the_settings_of_the_vendors_repository_do_not_matter(kit, pytester):
     pytester.makeconftest("raise RuntimeError('the vendor\\'s own conftest')\n")
     pytester.mkdir("elsewhere")
     pytester.path.joinpath("conftest.py").rename(pytester.path / "elsewhere" / "conftest.py")
-    result, report = kit()
+    result, report = kit(start=pytester.runpytest_subprocess)
     assert result.ret == 0
     assert report["verdict"] == "passed"
 
