@@ -10,6 +10,12 @@ import sys
 
 import pytest
 
+# Loaded here, so that runs inside this process, which forget what they loaded, share them.
+from drivetrain_conformance import fixtures, run
+from drivetrain_conformance.selection import functions
+
+assert fixtures.RUN is run.RUN
+
 pytest_plugins = ["pytester"]
 
 FAKE = """
@@ -90,7 +96,7 @@ def kit(pytester, monkeypatch):
     pytester.makepyfile(fake=FAKE)
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
 
-    def run(
+    def run_kit(
         *arguments,
         backend="fake:spec",
         suite="drivetrain_conformance.suite",
@@ -110,7 +116,7 @@ def kit(pytester, monkeypatch):
         content = json.loads(report.read_text("utf-8")) if report.exists() else None
         return result, content
 
-    return run
+    return run_kit
 
 
 def xfails(pytester, test=BROKEN_TEST, until="2999-01-01"):
@@ -316,7 +322,5 @@ def test_other_runs_of_pytest_are_left_alone(pytester):
 
 def test_names_of_tests_are_unique_and_every_test_cites_a_rule():
     """Expected failures and reports name tests by these names alone."""
-    from drivetrain_conformance.selection import functions
-
     assert {function.level for function in functions().values()} == {0, 1, 2, 3}
     assert [function.name for function in functions().values() if not function.rules] == []

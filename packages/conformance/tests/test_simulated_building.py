@@ -99,6 +99,33 @@ def test_it_is_compiled_once_and_found_again(place: Place) -> None:
     assert sorted(each.suffix for each in path.parent.iterdir()) == [".lock", ".so"]
 
 
+def test_a_command_compiles_it_ahead_and_says_where_or_why_not(place: Place) -> None:
+    command = [sys.executable, "-m", "drivetrain_conformance.simulated"]
+    env = {**os.environ, **place.env}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env, check=True)
+    assert Path(done.stdout.strip()) == building.library(place.env)
+    place.compiler(FAILS)
+    env |= {building.CACHE_VARIABLE: str(place.folder / "another"), "CXX": place.env["CXX"]}
+    failed = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env=env, check=False
+    )
+    assert failed.returncode == 1
+    assert "no such standard" in failed.stderr.splitlines()[-1]
+
+
+def test_every_module_of_it_can_be_imported_where_there_is_no_torch() -> None:
+    code = (
+        "import importlib, pkgutil, sys; sys.modules['torch'] = None\n"
+        "from drivetrain_conformance import simulated\n"
+        "names = [m.name for m in pkgutil.iter_modules(simulated.__path__)]\n"
+        "[importlib.import_module(f'{simulated.__name__}.{n}') for n in names]; print(len(names))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert int(done.stdout or "0") >= 7, done.stderr
+
+
 def test_several_that_ask_at_once_wait_for_one_of_them(place: Place) -> None:
     with ThreadPoolExecutor(4) as pool:
         paths = set(pool.map(lambda _: building.build(place.env), range(4)))

@@ -498,10 +498,10 @@ def test_a_fault_happens_to_one_rank_only(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_options_are_put_back_and_wrong_ones_refused() -> None:
-    before = simulated.options()
+    before = simulated.current_options()
     with simulated.configured(latency_us=1.0, memory_limit=2**30):
-        assert simulated.options().memory_limit == 2**30
-    assert simulated.options() == before
+        assert simulated.current_options().memory_limit == 2**30
+    assert simulated.current_options() == before
     with pytest.raises(ConfigurationError, match="has the options"):
         simulated.configure(memory=1)
     with pytest.raises(ConfigurationError, match="are installed"):
@@ -621,7 +621,7 @@ def test_it_can_have_another_name_and_its_options_from_the_environment() -> None
         "import torch; from drivetrain_conformance import simulated\n"
         "simulated.install('acme')\n"
         "print(torch.ones(2, device='acme:3').sum().item(), torch.acme.device_count(),"
-        " simulated.installed(), simulated.options().fp16)"
+        " simulated.installed(), simulated.current_options().fp16)"
     )
     given = simulated.Options(devices=4, fp16=False).to_environment()
     assert run(code, **given) == "2.0 4 acme False"

@@ -609,3 +609,13 @@ class TestWhole:
     def test_the_same_input_gives_the_same_plan(self):
         where = machine(HOST, backend())
         assert plan_of(where=where) == plan_of(where=where)
+
+
+def test_an_unknown_accelerator_does_not_hide_other_misspelled_names():
+    request = Request(accelerator="nope", precision="fp7", launcher="scrpt")
+    with pytest.raises(ConfigurationError) as caught:
+        resolve(request, machine(backend()))
+    text = str(caught.value)
+    assert "nope" in text
+    assert "fp7" in text
+    assert "scrpt" in text

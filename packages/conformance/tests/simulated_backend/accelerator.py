@@ -37,7 +37,7 @@ class SimulatedAccelerator:
 
     def device_count(self) -> int:
         """Devices that were installed."""
-        return simulated.options().devices
+        return simulated.current_options().devices
 
     def activate(self, index: int, local_size: int) -> torch.device:
         """Make device ``index`` current for this process.

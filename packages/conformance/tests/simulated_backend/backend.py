@@ -41,7 +41,7 @@ class SimulatedBackend:
 
     def precision(self, name: str) -> Precision:
         """The precision of that name. Raises ``UnsupportedError`` for one that is not declared."""
-        declared = capabilities(simulated.options()).precisions
+        declared = capabilities(simulated.current_options()).precisions
         if name not in declared:
             raise UnsupportedError(
                 f"The 'sim' backend was asked for precision {name!r}, which it does not declare.",
@@ -53,7 +53,9 @@ class SimulatedBackend:
         """Communication between devices; the identity for a single process."""
         if world.size == 1:
             return LocalCollectives()
-        device = torch.device(FACTS.device_type, world.local_rank % simulated.options().devices)
+        device = torch.device(
+            FACTS.device_type, world.local_rank % simulated.current_options().devices
+        )
         return TorchCollectives(world, FACTS.collective_backend, device=device)
 
     def strategy(self, name: str, context: StrategyContext) -> Strategy:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _OnSimulated(EagerStrategy):
     def eval_step(self, spec: EvalSpec) -> EvalStep:
         """Build an evaluation step; refuses inference mode where the devices lack it."""
-        if spec.inference_mode and not simulated.options().inference_mode:
+        if spec.inference_mode and not simulated.current_options().inference_mode:
             raise UnsupportedError(
                 "Evaluation in inference mode was asked for, which these simulated devices lack.",
                 "Set inference_mode=False.",

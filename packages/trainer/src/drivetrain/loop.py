@@ -240,9 +240,17 @@ def log_point(run: FitRun, result: StepResult | None) -> None:
     run.trainer.publish(logged)
 
 
+def _refresh(run: FitRun) -> None:
+    """Let callbacks see the newest step values, also where an epoch is shorter than a log point."""
+    logged = run.metrics.step_values()
+    logged.logger.clear()
+    run.trainer.publish(logged)
+
+
 def _end_epoch(run: FitRun) -> None:
     run.losses.check(run.progress.epoch, run.progress.attempts)
     metrics = run.metrics
+    _refresh(run)
     run.trainer.publish(metrics.epoch_values())
     metrics.between_batches = True
     run.hooks.call("on_train_epoch_end")
@@ -278,6 +286,7 @@ def _offer_save(run: FitRun, moment: Moment) -> None:
 def _validate(run: FitRun) -> bool:
     """Validate; False if a stop came before its end, so that it is still owed after a resume."""
     assert run.validation is not None
+    _refresh(run)
     evaluate(run.validation)
     if run.validation.cut_short:
         run.stopped = True

@@ -14,6 +14,7 @@ from drivetrain.deciding.abilities import check_abilities, unmet
 from drivetrain.deciding.accelerator import choose_accelerator, note_cluster
 from drivetrain.deciding.draft import Draft, combined
 from drivetrain.deciding.launcher import ATTACH, NO_LAUNCHER, choose_launcher
+from drivetrain.deciding.misspelled import refuse_misspelled
 from drivetrain.deciding.places import choose_places, count_nodes
 from drivetrain.deciding.precision import choose_precision
 from drivetrain.deciding.strategy import choose_strategy
@@ -46,6 +47,7 @@ def resolve(request: Request, machine: Machine) -> Resolution:
     entry = choose_accelerator(draft)
     num_nodes = count_nodes(draft)
     if entry is None or entry.spec is None or entry.probe is None:
+        refuse_misspelled(draft)
         raise draft.error()
     spec = entry.spec
     places = choose_places(draft, spec, entry.probe, num_nodes)

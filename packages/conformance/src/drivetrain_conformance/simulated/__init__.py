@@ -21,10 +21,10 @@ from drivetrain_conformance.simulated.device import (
     configure,
     configured,
     counters,
+    current_options,
     install,
     installed,
     memory,
-    options,
 )
 from drivetrain_conformance.simulated.options import VARIABLE, Options
 
@@ -36,9 +36,9 @@ __all__ = [
     "configure",
     "configured",
     "counters",
+    "current_options",
     "install",
     "installed",
     "memory",
-    "options",
     "unavailable",
 ]

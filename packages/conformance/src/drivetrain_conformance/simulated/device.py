@@ -146,7 +146,7 @@ def installed() -> str | None:
     return _state[0].name if _state else None
 
 
-def options() -> Options:
+def current_options() -> Options:
     """What the devices are like now."""
     return _here().options
 

@@ -32,9 +32,9 @@ def register(name: str, device_type: str) -> None:
 def _work_class() -> Any:
     """The class of finished operations. Made when torch is there, as it derives from torch's."""
     import torch
-    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Work
 
-    base: Any = dist.Work
+    base: Any = Work
 
     class Finished(base):  # type: ignore[misc]
         def __init__(self, result: Any) -> None:
