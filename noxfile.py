@@ -199,7 +199,10 @@ def alone(session: nox.Session, name: str) -> None:
     session.run(sys.executable, "ci/wheels.py", "check", name, external=True)
     session.install("-q", *CONSTRAINTS, *paths)
     session.run("python", "-m", "pip", "check")
-    session.run("python", "-I", str(ROOT / "ci/installed.py"), PROJECTS[name]["project"]["name"])
+    brought = PROJECTS[name]["tool"]["drivetrain"].get("brought", [])
+    session.run(
+        "python", "-I", str(ROOT / "ci/installed.py"), PROJECTS[name]["project"]["name"], *brought
+    )
 
 
 @nox.session(requires=["wheels"], reuse_venv=False)

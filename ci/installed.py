@@ -1,7 +1,9 @@
 """Import every module of an installed distribution and load what it registers.
 
 Run in an environment that holds the distribution and what it declares, and nothing else: what is
-missing there is missing from its metadata.
+missing there is missing from its metadata. What others bring (``brought`` in
+``[tool.drivetrain]``, such as the torch of a backend under test) is named after the distribution,
+and modules may wait for it.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 
 def main() -> None:
     """Check the distribution named on the command line."""
-    name = sys.argv[1]
+    name, *brought = sys.argv[1:]
+    waiting = 0
     distribution = metadata.distribution(name)
     module = importlib.import_module(name.replace("-", "_"))
     home = Path(module.__file__ or "").resolve()
@@ -27,11 +30,19 @@ def main() -> None:
         if not found.name.endswith("__main__")
     ]
     for found in modules:
-        importlib.import_module(found)
+        try:
+            importlib.import_module(found)
+        except ModuleNotFoundError as error:
+            if error.name not in brought:
+                raise
+            waiting += 1
     points = list(distribution.entry_points)
     for point in points:
         point.load()
-    print(f"{name} {distribution.version}: {len(modules) + 1} modules, {len(points)} entry points")
+    print(
+        f"{name} {distribution.version}: {len(modules) + 1} modules, {len(points)} entry points"
+        + (f"; {waiting} modules wait for {', '.join(brought)}" if waiting else "")
+    )
 
 
 if __name__ == "__main__":

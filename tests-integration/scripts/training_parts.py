@@ -172,9 +172,14 @@ class At(Callback):
         rank = trainer.world.rank
         if self.rank not in (None, rank) or self.place != (trainer.current_epoch, batch_idx):
             return
+        if self.what == "wait":
+            # A pipe keeps a signal that comes before anybody waits for it; pause() would lose it.
+            woken, wakes = os.pipe()
+            os.set_blocking(wakes, False)
+            signal.set_wakeup_fd(wakes)
         _say(f"here {rank} {os.getpid()}")
         while self.what == "wait":
-            signal.pause()
+            os.read(woken, 1)
             _say(f"woke {rank} {os.getpid()}")
         if self.what == "raise":
             raise LookupError(f"rank {rank} lost its way")

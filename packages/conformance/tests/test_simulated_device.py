@@ -66,6 +66,7 @@ def test_it_is_a_device_type_of_torch_with_several_devices() -> None:
 
 
 def test_the_current_device_is_where_new_tensors_go() -> None:
+    assert torch.tril_indices(2, 2, device="sim:1").device.index == 1
     with torch.sim.device(1):
         assert torch.sim.current_device() == 1
         assert torch.ones(1, device="sim").device.index == 1

@@ -177,6 +177,33 @@ def test_ddp_trains_as_one_process_with_the_whole_batch(tmp_path: Path) -> None:
         assert said["difference"] < 1e-5
 
 
+def test_parameters_can_be_sharded_over_devices(tmp_path: Path) -> None:
+    for said in both(
+        tmp_path,
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+        torch.manual_seed(0)
+        alone = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+        x = torch.randn(8, 4)
+        alone(x).pow(2).mean().backward()
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)).to(here)
+        mesh = init_device_mesh("sim", (2,))
+        for part in (*module, module):
+            fully_shard(part, mesh=mesh)
+            part.set_force_sum_reduction_for_comms(True)  # there is no average
+        module(x[rank::2].to(here)).pow(2).mean().backward()
+        weight = module[0].weight
+        said["mine"] = weight.to_local().numel()
+        said["difference"] = float(
+            (weight.grad.full_tensor().cpu() - alone[0].weight.grad).abs().max())
+        """,
+    ):
+        assert said["mine"] == 16
+        assert said["difference"] < 1e-6
+
+
 def test_a_collective_can_hang_until_the_time_is_over(tmp_path: Path) -> None:
     quiet, hanging = both(
         tmp_path,

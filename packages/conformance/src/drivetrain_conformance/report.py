@@ -114,10 +114,15 @@ def _origin(found: Found) -> dict[str, Any]:
 
 def _capabilities(capabilities: Capabilities) -> dict[str, list[str]]:
     return {
-        "features": sorted(feature.value for feature in capabilities.features),
+        "features": sorted(_name(feature) for feature in capabilities.features),
         "precisions": sorted(capabilities.precisions),
-        "hooks": sorted(hook.value for hook in capabilities.hooks),
+        "hooks": sorted(_name(hook) for hook in capabilities.hooks),
     }
+
+
+def _name(ability: Any) -> str:
+    """The name of an ability, also of one that the contract does not know."""
+    return str(getattr(ability, "value", ability))
 
 
 def _environment() -> dict[str, Any]:

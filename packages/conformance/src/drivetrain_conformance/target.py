@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from drivetrain_interfaces import Backend, Strategy, StrategyContext
 
 T = TypeVar("T")
+
+#: The variables of this process before any spec was imported, which may change them.
+STARTED_WITH = dict(os.environ)
 
 #: What tests need and refuse: an ability, a moment inside a step, or a precision by name.
 Ability = Feature | StepHook | str

@@ -178,7 +178,24 @@ def _group_class() -> Any:
             self._gloo.barrier().wait()
             return finished([])
 
+        # What torch's functional collectives call, also for a single tensor.
+        def allgather_into_tensor_coalesced(
+            self, outputs: Any, inputs: Any, opts: Any = None
+        ) -> Any:
+            for output, sent in zip(outputs, inputs, strict=True):
+                self._allgather_base(output, sent, opts)
+            return finished(outputs)
+
+        def reduce_scatter_tensor_coalesced(
+            self, outputs: Any, inputs: Any, opts: Any = None
+        ) -> Any:
+            for output, sent in zip(outputs, inputs, strict=True):
+                self._reduce_scatter_base(output, sent, opts)
+            return finished(outputs)
+
         # The names that torch has for these from 2.13 on.
+        all_gather_single_coalesced = allgather_into_tensor_coalesced
+        reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
         all_gather_single = _allgather_base
         reduce_scatter_single = _reduce_scatter_base
         all_to_all_single = alltoall_base

@@ -121,6 +121,20 @@ def gather(rank: Rank, dtype: str, rows: list[int]) -> dict[str, Any] | None:
     }
 
 
+def odd_tensors(rank: Rank) -> dict[str, Any]:
+    """Gather and broadcast what is not contiguous, part of a graph, or a view."""
+    base = torch.arange(6.0, device=rank.device).reshape(2, 3) + 10 * rank.world.rank
+    leaf = base.clone().requires_grad_()
+    tensors = {"transposed": base.t(), "column": base[:, 1], "graph": leaf * 1.0}
+    answer: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        parts = rank.collectives.all_gather(tensor)
+        answer[f"gathered {name}"] = [part.detach().cpu().tolist() for part in parts]
+        made = rank.collectives.broadcast(tensor, rank.world.size - 1)
+        answer[f"broadcast {name}"] = made.detach().cpu().tolist()
+    return answer
+
+
 def gather_scalars(rank: Rank) -> list[float]:
     """One number from each rank."""
     mine = torch.tensor(float(rank.world.rank), device=rank.device)
@@ -177,7 +191,9 @@ def bad_sources(rank: Rank) -> list[tuple[str, str]]:
 
 
 def meet(rank: Rank, folder: Path) -> list[str]:
-    """Write a file, meet at a barrier, and list the folder."""
+    """Write a file, meet at a barrier, and list the folder. The last rank comes late."""
+    if rank.world.rank == rank.world.size - 1:
+        time.sleep(0.3)  # so that a rank that does not wait is seen
     (folder / f"rank-{rank.world.rank}").write_text("here", encoding="utf-8")
     rank.collectives.barrier()
     return sorted(path.name for path in folder.iterdir())
@@ -192,7 +208,15 @@ def close_and_connect_again(rank: Rank) -> dict[str, Any]:
     first.close()
     first.close()
     tensor = torch.ones(1, device=rank.device)
-    answer: dict[str, Any] = {"closes": True, "after": refusal(lambda: first.all_reduce(tensor))}
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: first.all_reduce(tensor),
+        "all_gather": lambda: first.all_gather(tensor),
+        "broadcast": lambda: first.broadcast(tensor),
+        "broadcast_object": lambda: first.broadcast_object(1),
+        "barrier": first.barrier,
+    }
+    after = {name: refusal(call) for name, call in calls.items()}
+    answer: dict[str, Any] = {"closes": True, "after": after}
     rank.disconnect()
     answer["again"] = float(rank.collectives.all_reduce(tensor))
     return answer

@@ -13,6 +13,9 @@ from drivetrain_interfaces import DrivetrainError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+#: Names that the contract gives a meaning to (docs/contracts/precision.md).
+KNOWN_PRECISIONS = ("16-mixed", "16-true", "32-true", "64-true", "bf16-mixed", "bf16-true")
+
 _APOLOGIES = re.compile(r"please|sorry|something went wrong|contact us|oops", re.IGNORECASE)
 
 

@@ -1,4 +1,4 @@
-// torch.autocast on the simulated device, by the rules that CUDA has.
+// torch.autocast on the simulated device, by the rules that torch has for other accelerators.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -12,7 +12,8 @@
 // would take longer to compile than all the rest.
 namespace at::autocast {
 TORCH_API at::ScalarType get_autocast_dtype(at::DeviceType device_type);
-TORCH_API Tensor cached_cast(at::ScalarType to_type, const Tensor& arg, c10::DeviceType device_type);
+TORCH_API Tensor
+cached_cast(at::ScalarType to_type, const Tensor& arg, c10::DeviceType device_type);
 } // namespace at::autocast
 
 namespace drivetrain_sim {
@@ -95,8 +96,9 @@ void promoted(const c10::OperatorHandle& op, Stack* stack) {
 
 void refuse_cross_entropy(const c10::OperatorHandle&, Stack*) {
   TORCH_CHECK(
-      false, "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast. "
-      "Use binary_cross_entropy_with_logits, or leave autocast around it.");
+      false,
+      "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast. Use "
+      "binary_cross_entropy_with_logits, or leave autocast around it.");
 }
 
 // Names that a version of torch does not have are never called.

@@ -64,6 +64,12 @@ c10::DeviceIndex device_of(const std::string& name, at::ArrayRef<IValue> argumen
     found = tensor.device();
   });
   if (!found.has_value()) {
+    // An operator that makes a tensor may be told where.
+    for (const auto& argument : arguments) {
+      if (argument.isDevice() && argument.toDevice().has_index()) {
+        return argument.toDevice().index();
+      }
+    }
     return current_device();
   }
   if (!may_be_on_host(name)) {

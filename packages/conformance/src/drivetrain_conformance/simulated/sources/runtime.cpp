@@ -34,7 +34,7 @@ std::string mebibytes(int64_t bytes) {
   return text;
 }
 
-// The error has the shape of the one that CUDA has.
+// The error is worded as those that torch raises for other devices.
 void refuse(int64_t bytes, c10::DeviceIndex index) {
   auto& state = device_state(index);
   const int64_t used = state.allocated;

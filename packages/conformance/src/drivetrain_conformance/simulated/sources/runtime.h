@@ -48,7 +48,7 @@ struct GlobalState {
 DeviceState& device_state(c10::DeviceIndex index);
 GlobalState& global_state();
 
-// The device that this thread is on, as for cudaSetDevice.
+// The device that this thread is on: every thread has its own.
 c10::DeviceIndex current_device();
 void set_current_device(c10::DeviceIndex index);
 

@@ -38,7 +38,8 @@ Tensor empty_memory_format(
     std::optional<at::Device> device, std::optional<bool>,
     std::optional<at::MemoryFormat> memory_format) {
   TORCH_CHECK_NOT_IMPLEMENTED(
-      c10::layout_or_default(layout) == c10::kStrided, "the simulated device has dense tensors only");
+      c10::layout_or_default(layout) == c10::kStrided,
+      "the simulated device has dense tensors only");
   const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_generic(
       size, allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), checked_dtype(dtype),
@@ -143,7 +144,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("record_stream", &record_stream);
 }
 
-// Copies undo a conjugation or negation that is only marked themselves; torch would do so by a copy.
+// A copy resolves what is only marked as conjugated or negated; torch would do so by a copy.
 TORCH_LIBRARY_IMPL(aten, Conjugate, library) {
   library.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from drivetrain_conformance.support import fresh
+from drivetrain_conformance.target import STARTED_WITH
 
 if TYPE_CHECKING:
     from drivetrain_conformance.target import Found, Target
@@ -29,7 +30,7 @@ def ask(reference: str, *, probe: bool, env: dict[str, str] | None = None) -> di
         text=True,
         timeout=120,
         check=False,
-        env=env,
+        env=STARTED_WITH if env is None else env,
     )
     assert done.returncode == 0, (
         f"{reference} must import in a fresh interpreter, and there it ended with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,12 +19,12 @@ from drivetrain_interfaces import (
     World,
 )
 
-from drivetrain_conformance.support.messages import refused
+from drivetrain_conformance.outcomes import BY_DECLARATION
+from drivetrain_conformance.support.messages import KNOWN_PRECISIONS, refused
 
 if TYPE_CHECKING:
-    from drivetrain_interfaces import BackendSpec
-
     from drivetrain_conformance.fixtures import Bind
+    from drivetrain_conformance.target import Target
 
 RULE = "B4: what is not declared is refused with an UnsupportedError and never ignored ({})"
 
@@ -151,16 +152,33 @@ class NoCollectives:
 
 
 @pytest.mark.refuses(Feature.SEVERAL_PROCESSES)
-def test_several_processes_are_refused_if_not_declared(bind: Bind, spec: BackendSpec) -> None:
+def test_several_processes_are_refused_if_not_declared(bind: Bind, target: Target) -> None:
     """Models that drift apart look like training.
 
     R: B4, S3
     """
     world = World(0, 2, 0, 2, address="127.0.0.1", port=1)
-    for name in spec.strategies:
+    names = [target.strategy_name] if target.strategy_name else target.spec.strategies
+    for name in names:
         rule = RULE.format(f"strategy {name!r} in a world of 2")
         with refused(UnsupportedError, naming="world|process|rank", rule=rule):
             bind(name=name, world=world, collectives=NoCollectives())
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.refuses(n)) for n in KNOWN_PRECISIONS]
+)
+def test_a_precision_is_refused_if_the_strategy_does_not_declare_it(
+    bind: Bind, target: Target, name: str
+) -> None:
+    """A strategy of another package may do less than the backend.
+
+    R: B4, B18
+    """
+    if name not in target.spec.capabilities.precisions:
+        pytest.skip(f"{BY_DECLARATION}the backend does not declare {name} either")
+    with refused(UnsupportedError, naming=re.escape(name), rule=RULE.format(f"precision {name!r}")):
+        bind(name)
 
 
 @pytest.mark.parametrize(

@@ -117,11 +117,13 @@ def test_closing_restores_what_activate_changed(accelerator: Accelerator) -> Non
 
     R: A10
     """
-    threads, environment = torch.get_num_threads(), dict(os.environ)
-    accelerator.activate(0, 1 + (os.cpu_count() or 1))
-    accelerator.close()
-    assert torch.get_num_threads() == threads, "A10: close restores the number of threads"
-    assert dict(os.environ) == environment, "A10: close restores environment variables"
+    # With two sizes, so that something that was left behind before is seen to change.
+    for local_size in (1 + (os.cpu_count() or 1), 2 + (os.cpu_count() or 1)):
+        threads, environment = torch.get_num_threads(), dict(os.environ)
+        accelerator.activate(0, local_size)
+        accelerator.close()
+        assert torch.get_num_threads() == threads, "A10: close restores the number of threads"
+        assert dict(os.environ) == environment, "A10: close restores environment variables"
 
 
 def test_closing_twice_is_harmless(accelerator: Accelerator) -> None:

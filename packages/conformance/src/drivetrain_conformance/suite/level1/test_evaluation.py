@@ -60,6 +60,25 @@ def test_evaluation_runs_without_gradients(bind: Bind) -> None:
     assert torch.is_grad_enabled(), "S24: gradients are enabled again afterwards"
 
 
+def test_an_error_in_evaluation_leaves_no_trace(bind: Bind) -> None:
+    """Training may go on after it.
+
+    R: S24, P6
+    """
+    strategy = bind()
+    module = strategy.prepare(perceptron())
+
+    def function(_: torch.nn.Module) -> None:
+        raise OSError("the user's own")
+
+    for inference in (False, True):
+        step = strategy.eval_step(EvalSpec(module, function, inference_mode=inference))
+        with pytest.raises(OSError, match="the user's own"), step:
+            step()
+        assert torch.is_grad_enabled(), "S24: gradients are enabled again after an error"
+        assert not torch.is_inference_mode_enabled(), "S24: inference mode ends with an error"
+
+
 @pytest.mark.needs(Feature.INFERENCE_MODE)
 @pytest.mark.parametrize("wanted", [True, False])
 def test_inference_mode_is_what_was_asked_for(bind: Bind, *, wanted: bool) -> None:

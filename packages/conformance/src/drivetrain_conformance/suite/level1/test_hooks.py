@@ -77,6 +77,31 @@ def test_hooks_of_a_window_are_called_in_order_and_once(build: Build, target: Ta
     )
 
 
+def test_hooks_get_what_they_are_about(build: Build, target: Target) -> None:
+    """The loss with its graph, and the optimizers of the step.
+
+    R: S9, S10
+    """
+    seen: dict[str, tuple[Any, ...]] = {}
+
+    def keep(name: str) -> Any:
+        return lambda *args: seen.update({name: args})
+
+    hooks = StepHooks(**{h.value: keep(h.value) for h in target.capabilities.hooks})
+    setup = build(hooks=hooks)
+    setup.train([microbatches(1)])
+    if "before_backward" in seen:
+        (loss,) = seen["before_backward"]
+        assert loss.requires_grad, "S10: before_backward gets the loss with its graph"
+        assert loss.numel() == 1, f"S10: before_backward gets a scalar; its shape is {loss.shape}"
+    if "after_backward" in seen:
+        assert seen["after_backward"] == (), "S9: after_backward gets nothing"
+    for name in {"before_optimizer_step", "before_zero_grad"} & set(seen):
+        (optimizers,) = seen[name]
+        same = [a is b for a, b in zip(optimizers, setup.optimizers, strict=True)]
+        assert all(same), f"S9: {name} gets the optimizers of the step, the very objects"
+
+
 @pytest.mark.needs(StepHook.BEFORE_BACKWARD)
 def test_the_loss_that_a_hook_sees_is_undivided_and_unscaled(
     build: Build, target: Target, declared_precision: str

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from drivetrain_interfaces import Feature, UnsupportedError
+from drivetrain_interfaces import Clip, Feature, UnsupportedError
 
 from drivetrain_conformance.reference import Trained, as_double, train_by_hand
 from drivetrain_conformance.support.messages import refused
@@ -48,7 +48,7 @@ def lbfgs(module: torch.nn.Module) -> list[torch.optim.Optimizer]:
     return [torch.optim.LBFGS(module.parameters(), lr=0.5, max_iter=3, max_eval=4)]
 
 
-def lbfgs_by_hand(windows: list[Any]) -> Trained:
+def lbfgs_by_hand(windows: list[Any], limit: float | None = None) -> Trained:
     """L-BFGS on float64 and whole windows."""
     twin = perceptron().double()
     told = Trained(parameters_of(twin))
@@ -60,6 +60,8 @@ def lbfgs_by_hand(windows: list[Any]) -> Trained:
             optimizer.zero_grad()
             loss = mean_square(twin, batch)
             loss.backward()  # type: ignore[no-untyped-call]
+            if limit is not None:
+                torch.nn.utils.clip_grad_norm_(twin.parameters(), limit)
             return loss.detach()
 
         told.losses.append(float(optimizer.step(closure)))  # type: ignore[arg-type]
@@ -89,6 +91,25 @@ def test_an_optimizer_with_a_closure_repeats_the_whole_window(build: Build) -> N
     setup = build(optimizers=lbfgs, accumulate=2)
     results = setup.train(windows)
     setup.check(results, lbfgs_by_hand(windows), "S19: each evaluation repeats the whole window")
+
+
+@pytest.mark.needs(Feature.CLOSURE, Feature.CLIP_NORM)
+def test_an_optimizer_with_a_closure_sees_clipped_gradients(build: Build) -> None:
+    """In every evaluation; the norm is that of the first.
+
+    R: S19, S20
+    """
+    windows = [[batch] for batch in microbatches(2)]
+    setup = build(optimizers=lbfgs, clip=Clip(0.125))
+    results = setup.train(windows)
+    rule = "S19: each evaluation clips"
+    setup.check(results, lbfgs_by_hand(windows, 0.125), rule, at_least=1e-4)
+    wanted = train_by_hand(perceptron(), windows[:1], mean_square, lr=LR).norms[0]
+    norm = results[0].grad_norm
+    assert norm is not None, "S20: grad_norm is a tensor when clipping by norm"
+    assert float(norm) == pytest.approx(wanted, rel=setup.tolerance.update), (
+        "S19: the result tells of the first evaluation, also its norm before clipping"
+    )
 
 
 @pytest.mark.needs(Feature.CLOSURE, Feature.SEVERAL_OPTIMIZERS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -162,6 +162,13 @@ class Example:
     name: str
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """A batch as a dataclass that cannot be changed."""
+
+    features: Any
+
+
 class Bag:
     """A batch of the user's own class, with ``to``."""
 
@@ -181,7 +188,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
         return [t for item in value.values() for t in tensors(item)]
     if isinstance(value, (list, tuple)):
         return [t for item in value for t in tensors(item)]
-    if isinstance(value, Example):
+    if isinstance(value, (Example, Frozen)):
         return tensors(value.features)
     return [value.value] if isinstance(value, Bag) else []
 
@@ -195,6 +202,8 @@ def a_batch() -> dict[str, Any]:
         "named": Pair(one, None),
         "ordered": OrderedDict(a=one),
         "dataclass": Example(one, "x"),
+        "frozen": Frozen([one]),
+        "default": defaultdict(list, a=[one]),
         "own": Bag(one),
         "integers": torch.arange(3),
         "plain": 2.5,

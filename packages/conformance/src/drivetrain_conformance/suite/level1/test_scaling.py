@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from drivetrain_interfaces import CheckpointError, Feature, UnsupportedError, UserCodeError
+from drivetrain_interfaces import (
+    CheckpointError,
+    Clip,
+    Feature,
+    StepHook,
+    StepHooks,
+    UnsupportedError,
+    UserCodeError,
+)
 
 from drivetrain_conformance.reference import train_by_hand
 from drivetrain_conformance.support.messages import refused
@@ -125,6 +133,36 @@ def test_one_microbatch_that_is_not_finite_stops_the_window(
     )
 
 
+@pytest.mark.needs(StepHook.BEFORE_OPTIMIZER_STEP)
+def test_hooks_are_called_before_it_is_known_whether_gradients_are_finite(
+    build: Build, scaled_precision: str
+) -> None:
+    """Finding out is what waits for the device.
+
+    R: P11
+    """
+    calls: list[int] = []
+    hooks = StepHooks(before_optimizer_step=lambda _: calls.append(1))
+    setup = build(scaled_precision, loss=steep, hooks=hooks)
+    with setup.step:
+        result = setup.step([setup.strategy.feed(batch(TOO_LARGE))])
+    assert result.applied is False, "P10: an update that is not finite is not applied"
+    assert calls == [1], (
+        f"P11: before_optimizer_step is called once, before it is known whether gradients are "
+        f"finite; it was called {len(calls)} times"
+    )
+
+
+@pytest.mark.needs(Feature.CLIP_NORM)
+def test_clipping_hides_nothing_that_is_not_finite(build: Build, scaled_precision: str) -> None:
+    """Infinity times zero is no gradient.
+
+    R: P10, S20
+    """
+    setup = build(scaled_precision, loss=steep, optimizers=momentum, clip=Clip(0.125))
+    check_found_inf(setup)
+
+
 def test_the_scale_shrinks_until_updates_fit(build: Build, scaled_precision: str) -> None:
     """A loss that is too large for the first scale trains nevertheless.
 
@@ -201,6 +239,24 @@ def test_the_scale_comes_back(build: Build, backend: Backend, scaled_precision: 
     other.load_state_dict(saved)
     assert comparable(other.state_dict()) == comparable(saved), (
         "P13: load_state_dict restores what state_dict returned"
+    )
+
+
+def test_the_scale_is_part_of_what_a_run_goes_on_from(build: Build, scaled_precision: str) -> None:
+    """Without it, the first updates after a resume would be lost to finding it again.
+
+    R: S28, P13
+    """
+    setup = build(scaled_precision, loss=steep)
+    with setup.step:
+        setup.step([setup.strategy.feed(batch(TOO_LARGE))])
+    state = setup.strategy.state()
+    other = build(scaled_precision, loss=steep)
+    other.strategy.load(state)
+    found = comparable(dict(other.strategy.state().precision))
+    assert found == comparable(dict(state.precision)), (
+        f"S28: what load takes holds the state of the precision, {dict(state.precision)}; after "
+        f"load it is {found}"
     )
 
 

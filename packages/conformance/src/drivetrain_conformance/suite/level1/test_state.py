@@ -11,7 +11,12 @@ import torch
 from drivetrain_interfaces import CheckpointError, ModelState
 
 from drivetrain_conformance.support.messages import refused
-from drivetrain_conformance.support.problems import mean_square, microbatches, perceptron
+from drivetrain_conformance.support.problems import (
+    exact,
+    mean_square,
+    microbatches,
+    perceptron,
+)
 
 if TYPE_CHECKING:
     from drivetrain_conformance.fixtures import Build
@@ -163,6 +168,36 @@ def test_buffers_are_part_of_the_state(build: Build) -> None:
     other.strategy.load(state)
     for name, value in other.strategy.state().module.items():
         assert torch.equal(value, state.module[name]), f"S28: {name!r} comes back as it was"
+
+
+class Transposed(torch.nn.Module):
+    """A linear layer whose weight lies in memory the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(exact((2, 3), 1).t())
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """One product."""
+        return features @ self.weight
+
+
+def test_a_state_is_contiguous_whatever_the_module_is(build: Build) -> None:
+    """So that it can be written as it is; and it loads into such a module again.
+
+    R: S29
+    """
+    setup = build(module=Transposed(), optimizers=lambda m: [torch.optim.Adam(m.parameters())])
+    setup.train(WINDOWS[:1])
+    state = setup.strategy.state()
+    assert all(tensor.is_contiguous() for tensor in leaves(state)), (
+        "S29: tensors of a state are contiguous, also where the module's are not"
+    )
+    other = build(module=Transposed(), optimizers=lambda m: [torch.optim.Adam(m.parameters())])
+    other.strategy.load(state)
+    assert torch.equal(other.parameters()["weight"], setup.parameters()["weight"]), (
+        "S28: such a state comes back as it was"
+    )
 
 
 class Tied(torch.nn.Module):

@@ -125,6 +125,23 @@ def test_weighted_microbatches_equal_one_large_batch(build: Build) -> None:
 
 
 @pytest.mark.needs(Feature.ACCUMULATION)
+def test_a_window_of_one_is_not_weighted(build: Build) -> None:
+    """There is nothing to weigh it against, and the weight is not even asked for.
+
+    R: S18, S17
+    """
+
+    def weight(_: Any) -> float:
+        pytest.fail("S18: the weight of a microbatch that is alone in its window is not asked for")
+
+    windows = [microbatches(1)]
+    setup = build(accumulate=WINDOW, weight=weight)
+    results = setup.train(windows)
+    wanted = train_by_hand(perceptron(), windows, mean_square, lr=LR)
+    setup.check(results, wanted, "S18: a microbatch that is alone in its window counts as it is")
+
+
+@pytest.mark.needs(Feature.ACCUMULATION)
 def test_a_weight_of_zero_counts_for_nothing(build: Build) -> None:
     """Also if it is the first or the last of its window.
 

@@ -129,6 +129,24 @@ def test_all_gather_takes_scalars(crew: AnyCrew) -> None:
         )
 
 
+def test_tensors_may_lie_in_memory_as_they_like(crew: AnyCrew) -> None:
+    """Transposed, a column of a matrix, or part of a graph.
+
+    R: L4, L5
+    """
+    rule = "L4, L5: tensors may lie in memory as they like"
+    mine = [[[10.0 * r + 3 * i + j for j in range(3)] for i in range(2)] for r in range(crew.size)]
+    shapes: dict[str, list[Any]] = {
+        "transposed": [[list(row) for row in zip(*m, strict=True)] for m in mine],
+        "column": [[row[1] for row in m] for m in mine],
+        "graph": mine,
+    }
+    for answer in crew.run(f"{CASES}:odd_tensors", rule):
+        for name, by_rank in shapes.items():
+            assert answer[f"gathered {name}"] == by_rank, f"{rule}; all_gather of {name} is wrong"
+            assert answer[f"broadcast {name}"] == by_rank[-1], f"{rule}; broadcast of {name}"
+
+
 def test_all_gather_of_misfits_is_refused_everywhere(several: AnyCrew) -> None:
     """With all shapes, so that the one that is wrong can be seen.
 
@@ -214,10 +232,10 @@ def test_closing_may_be_repeated_and_connecting_too(several: AnyCrew) -> None:
     for answer in several.run(f"{CASES}:close_and_connect_again", rule):
         if not answer["closes"]:
             pytest.skip(f"{BY_DECLARATION}the collectives hold nothing open")
-        kind, text = answer["after"]
-        assert kind == "ClusterError", (
-            f"L8: an operation after close is a ClusterError; it was {kind}: {text}"
-        )
+        for name, (kind, text) in answer["after"].items():
+            assert kind == "ClusterError", (
+                f"L8: {name} after close is a ClusterError; it was {kind}: {text}"
+            )
         assert answer["again"] == several.size, f"{rule}; the sum of ones was {answer['again']}"
 
 
