@@ -15,10 +15,20 @@ from importlib import metadata
 from pathlib import Path
 
 
+def _imports(module: str, brought: list[str]) -> bool:
+    """Import a module; False if it waits for something that others bring."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name not in brought:
+            raise
+        return False
+    return True
+
+
 def main() -> None:
     """Check the distribution named on the command line."""
     name, *brought = sys.argv[1:]
-    waiting = 0
     distribution = metadata.distribution(name)
     module = importlib.import_module(name.replace("-", "_"))
     home = Path(module.__file__ or "").resolve()
@@ -29,13 +39,7 @@ def main() -> None:
         for found in pkgutil.walk_packages(module.__path__, f"{module.__name__}.")
         if not found.name.endswith("__main__")
     ]
-    for found in modules:
-        try:
-            importlib.import_module(found)
-        except ModuleNotFoundError as error:
-            if error.name not in brought:
-                raise
-            waiting += 1
+    waiting = sum(not _imports(found, brought) for found in modules)
     points = list(distribution.entry_points)
     for point in points:
         point.load()
