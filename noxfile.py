@@ -60,7 +60,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = [
     "lint", "gates", "imports", "wheels", "types", "tests", "integration", "docs", "alone",
-    "scaffold", "mutants", "quickstart",
+    "scaffold", "quickstart",
 ]  # fmt: skip
 
 
