@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from drivetrain_interfaces import DataError, ModelState, ReduceOp, StepSpec
+from drivetrain_interfaces import DataError, ModelState, ProcessFailedError, ReduceOp, StepSpec
 from drivetrain_toolkit.collectives import TorchCollectives
+from drivetrain_toolkit.launchers import ForkLauncher
 from drivetrain_toolkit.strategies import DDPStrategy, EagerStrategy
 from mutant_parts import Good, strategies
 
@@ -289,3 +291,75 @@ class ranks_lose_their_norms(Good):
             return super().train_step(spec if first else replace(spec, clip=None))
 
     strategies = together(Unclipped)
+
+
+# Launchers of its own
+
+
+def launching(launcher: Any) -> Any:
+    """A backend that brings this launcher as ``fork``."""
+
+    class Launching(Good):
+        def launcher(self, name: str) -> Any:
+            return launcher() if name == "fork" else None
+
+    return Launching
+
+
+class _NoRank:
+    """Runs what each rank runs, without one of its variables."""
+
+    def __init__(self, main: Any) -> None:
+        self.main = main
+
+    def __call__(self, world: Any) -> Any:
+        os.environ.pop("LOCAL_RANK")
+        return self.main(world)
+
+
+class HidesRank(ForkLauncher):
+    def launch(self, main: Any, plan: Any) -> Any:
+        return super().launch(_NoRank(main), plan)
+
+
+class launcher_hides_a_variable(launching(HidesRank)):  # type: ignore[misc]
+    pass
+
+
+class PlansMore(ForkLauncher):
+    """Says that the machine runs fewer processes than it does."""
+
+    def plan(self, request: Any) -> Any:
+        plan = super().plan(request)
+        self.real = plan
+        return replace(plan, worlds=plan.worlds[:1])
+
+    def launch(self, main: Any, plan: Any) -> Any:
+        return super().launch(main, self.real)
+
+
+class launcher_plans_too_little(launching(PlansMore)):  # type: ignore[misc]
+    pass
+
+
+class Vague(ForkLauncher):
+    """Says that something failed, and not what."""
+
+    def launch(self, main: Any, plan: Any) -> Any:
+        try:
+            return super().launch(main, plan)
+        except ProcessFailedError as error:
+            raise ProcessFailedError("A rank failed.", "Look for it.") from error
+
+
+class launcher_does_not_say_what_failed(launching(Vague)):  # type: ignore[misc]
+    pass
+
+
+class LastResult(ForkLauncher):
+    def launch(self, main: Any, plan: Any) -> Any:
+        return str(super().launch(main, plan)).replace("0", "1")
+
+
+class launcher_returns_another_result(launching(LastResult)):  # type: ignore[misc]
+    pass

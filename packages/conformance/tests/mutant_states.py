@@ -204,6 +204,36 @@ class random_state_is_forgotten(Good):
             pass
 
 
+class device_type_of_another(Good):
+    class accelerator_type(Accelerator):
+        device_type = "meta"
+
+
+class BlindToStatistics(SingleDeviceStrategy):
+    def _with_sync_batchnorm(self, module: Any) -> Any:
+        return module
+
+
+class ignores_sync_batchnorm(Good):
+    strategies = alone(BlindToStatistics)
+
+
+class LateDevice(SingleDeviceStrategy):
+    known = False
+
+    @property
+    def device(self) -> torch.device:
+        return super().device if self.known else torch.device("meta")
+
+    def prepare(self, module: Any) -> Any:
+        self.known = True
+        return super().prepare(module)
+
+
+class device_known_late(Good):
+    strategies = alone(LateDevice)
+
+
 # State
 
 
@@ -528,3 +558,23 @@ def _encodable(tree: Any) -> Any:
 
 class saves_texts_of_what_it_does_not_know(Good):
     checkpoint_type = Silent
+
+
+class AlsoTorch(DirectoryCheckpointIO):
+    def load(self, path: str) -> Any:
+        if os.path.isfile(path):
+            return torch.load(path, weights_only=False)
+        return super().load(path)
+
+
+class loads_files_of_torch_save(Good):
+    checkpoint_type = AlsoTorch
+
+
+class OldestFirst(DirectoryCheckpointIO):
+    def list(self, directory: str) -> Any:
+        return super().list(directory)[::-1]
+
+
+class lists_the_oldest_first(Good):
+    checkpoint_type = OldestFirst

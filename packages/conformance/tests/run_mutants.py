@@ -79,7 +79,7 @@ def child(name: str, where: list[str], folder: Path) -> int:
     import pytest
 
     fork_crews()
-    target = name if ":" in name else f"mutants:{name}"
+    target = name if ":" in name or name.startswith("installed") else f"mutants:{name}"
     code = pytest.main(
         [
             "-q",
@@ -200,7 +200,10 @@ def unlisted(names: set[str]) -> list[str]:
     import mutants
 
     made = {name for name in mutant_parts.BACKENDS if name.islower()} | set(mutants.CHANGES)
-    return sorted((made - {"good"}) ^ {name for name in names if ":" not in name})
+    return sorted(
+        (made - {"good"})
+        ^ {name for name in names if ":" not in name and not name.startswith("installed")}
+    )
 
 
 def main() -> int:
@@ -237,6 +240,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(HERE))
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    # The folder "installed" holds metadata alone, as if pip had put it there.
+    paths = [str(HERE), str(HERE / "installed")]
+    sys.path[:0] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     raise SystemExit(main())
