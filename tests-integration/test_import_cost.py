@@ -30,13 +30,14 @@ def _seconds(code: str) -> float:
     )
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "code", ["import drivetrain", f"from drivetrain import {NAMES}"], ids=["package", "names"]
 )
 def test_importing_the_trainer_costs_little_more_than_torch(code: str) -> None:
     most = BUDGETS["imports"]["trainer"]
     best = [float("inf"), float("inf")]
-    for _ in range(5):
+    for _ in range(12):  # until an undisturbed pair was seen; other programs slow either one
         for which, source in enumerate((code, "import torch")):
             best[which] = min(best[which], _seconds(source))
         if best[0] <= most * best[1]:
