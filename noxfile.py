@@ -239,6 +239,7 @@ def mutants(session: nox.Session) -> None:
     """Run the kit on every backend that breaks a rule: ``nox -s mutants -- draws_ahead``."""
     runner = f"{FOLDER}/conformance/tests/run_mutants.py"
     session.run(shared_python(session), runner, *session.posargs, external=True)
+    session.run(shared_python(session), "ci/untested.py", external=True)
 
 
 @nox.session(venv_backend="none")

@@ -205,7 +205,6 @@ GATES: tuple[Callable[[Path], Iterator[str]], ...] = (
     modules_stay_short,
     everybody_is_listed,
     fragments,
-    untested_rules,
 )
 
 
