@@ -87,6 +87,10 @@ class Precision:
         pass
 
 
+def copied(tensor: Any) -> Any:
+    return tensor.detach().clone().contiguous()
+
+
 class Collectives:
     def all_reduce(self, tensor: Any, op: ReduceOp = ReduceOp.SUM) -> Any:
         kind = str(tensor.dtype)
@@ -215,12 +219,12 @@ class Strategy:
             ]
             state = {
                 names[id(p)]: {
-                    k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in kept.items()
+                    k: copied(v) if isinstance(v, torch.Tensor) else v for k, v in kept.items()
                 }
                 for p, kept in optimizer.state.items()
             }
             saved.append({"state": state, "groups": groups})
-        weights = {name: value.clone() for name, value in self.module.state_dict().items()}
+        weights = {name: copied(value) for name, value in self.module.state_dict().items()}
         return ModelState(weights, saved)
 
     def load(self, state: ModelState, *, strict: bool = True) -> None:

@@ -60,7 +60,10 @@ def test_evaluation_runs_without_gradients(bind: Bind) -> None:
     assert torch.is_grad_enabled(), "S24: gradients are enabled again afterwards"
 
 
-def test_an_error_in_evaluation_leaves_no_trace(bind: Bind) -> None:
+@pytest.mark.parametrize(
+    "inference", [False, pytest.param(True, marks=pytest.mark.needs(Feature.INFERENCE_MODE))]
+)
+def test_an_error_in_evaluation_leaves_no_trace(bind: Bind, *, inference: bool) -> None:
     """Training may go on after it.
 
     R: S24, P6
@@ -71,12 +74,11 @@ def test_an_error_in_evaluation_leaves_no_trace(bind: Bind) -> None:
     def function(_: torch.nn.Module) -> None:
         raise OSError("the user's own")
 
-    for inference in (False, True):
-        step = strategy.eval_step(EvalSpec(module, function, inference_mode=inference))
-        with pytest.raises(OSError, match="the user's own"), step:
-            step()
-        assert torch.is_grad_enabled(), "S24: gradients are enabled again after an error"
-        assert not torch.is_inference_mode_enabled(), "S24: inference mode ends with an error"
+    step = strategy.eval_step(EvalSpec(module, function, inference_mode=inference))
+    with pytest.raises(OSError, match="the user's own"), step:
+        step()
+    assert torch.is_grad_enabled(), "S24: gradients are enabled again after an error"
+    assert not torch.is_inference_mode_enabled(), "S24: inference mode ends with an error"
 
 
 @pytest.mark.needs(Feature.INFERENCE_MODE)

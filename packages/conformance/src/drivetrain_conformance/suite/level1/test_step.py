@@ -71,7 +71,7 @@ def test_the_loss_stays_on_the_device(build: Build) -> None:
 def test_accumulating_equals_one_large_batch(build: Build) -> None:
     """Several microbatches update as one batch of that many times the size.
 
-    R: S17
+    R: S15, S17
     """
     parts = microbatches(WINDOW)
     several = build(accumulate=WINDOW)
