@@ -117,7 +117,11 @@ def tests(session: nox.Session, name: str) -> None:
         python = "python"
     else:
         python = shared_python(session)
-    session.run(python, "-m", "pytest", f"{FOLDER / name}/tests", *session.posargs, external=True)
+    apart = PROJECTS[name]["tool"]["drivetrain"].get("apart")
+    others = [f"--ignore-glob={FOLDER / name}/tests/{apart}"] if apart else []
+    session.run(
+        python, "-m", "pytest", f"{FOLDER / name}/tests", *others, *session.posargs, external=True
+    )
 
 
 @nox.session(venv_backend="none")
@@ -270,3 +274,13 @@ def benchmarks(session: nox.Session) -> None:
     )
     name, *options = session.posargs or ["step_overhead"]
     session.run("python", f"benchmarks/{name}.py", *options)
+
+
+@nox.session(venv_backend="none", default=False)
+def apart(session: nox.Session) -> None:
+    """Run the tests that need a process of their own: those of the simulated accelerator."""
+    python = shared_python(session)
+    for name in TOGETHER:
+        pattern = PROJECTS[name]["tool"]["drivetrain"].get("apart")
+        for path in sorted((FOLDER / name / "tests").glob(pattern)) if pattern else ():
+            session.run(python, "-m", "pytest", str(path), *session.posargs, external=True)
