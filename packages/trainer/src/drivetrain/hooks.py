@@ -80,11 +80,6 @@ class Hooks:
         for each in self.table(name, len(args)):
             each(*args)
 
-    def module_only(self, name: str, *args: Any) -> None:
-        """Call the module's own version of a hook, if it has one."""
-        if overrides(self._module, Module, name):
-            trimmed(getattr(self._module, name), len(args))(*args)
-
     def owners(self, name: str) -> list[str]:
         """Who overrides a hook, such as ``"Net.on_after_backward"``, for messages."""
         found = [each for each in self._callbacks if overrides(each, Callback, name)]
