@@ -22,8 +22,22 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.capabilities import Capabilities as Capabilities
     from drivetrain_interfaces.capabilities import Feature as Feature
     from drivetrain_interfaces.capabilities import StepHook as StepHook
+    from drivetrain_interfaces.checkpoint import CheckpointFacts as CheckpointFacts
     from drivetrain_interfaces.checkpoint import CheckpointIO as CheckpointIO
+    from drivetrain_interfaces.checkpoint import Difference as Difference
+    from drivetrain_interfaces.checkpoint import PendingSave as PendingSave
+    from drivetrain_interfaces.checkpoint import SaveGroup as SaveGroup
+    from drivetrain_interfaces.checkpoint import Shard as Shard
+    from drivetrain_interfaces.checkpoint import StoredTensor as StoredTensor
+    from drivetrain_interfaces.checkpoint import SupportsBackgroundSave as SupportsBackgroundSave
+    from drivetrain_interfaces.checkpoint import SupportsConvert as SupportsConvert
+    from drivetrain_interfaces.checkpoint import SupportsInspect as SupportsInspect
     from drivetrain_interfaces.checkpoint import SupportsListing as SupportsListing
+    from drivetrain_interfaces.checkpoint import SupportsPrune as SupportsPrune
+    from drivetrain_interfaces.checkpoint import SupportsShardedLoad as SupportsShardedLoad
+    from drivetrain_interfaces.checkpoint import SupportsShardedSave as SupportsShardedSave
+    from drivetrain_interfaces.checkpoint import SupportsVerify as SupportsVerify
+    from drivetrain_interfaces.checkpoint import TensorEntry as TensorEntry
     from drivetrain_interfaces.cluster import ClusterEnvironment as ClusterEnvironment
     from drivetrain_interfaces.cluster import World as World
     from drivetrain_interfaces.collectives import Collectives as Collectives
@@ -66,6 +80,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.strategy import StrategyContext as StrategyContext
     from drivetrain_interfaces.strategy import StrategyFactory as StrategyFactory
     from drivetrain_interfaces.strategy import SupportsManualStep as SupportsManualStep
+    from drivetrain_interfaces.strategy import SupportsShardedState as SupportsShardedState
     from drivetrain_interfaces.strategy import TrainStep as TrainStep
     from drivetrain_interfaces.strategy import refuse_what_is_newer as refuse_what_is_newer
 
@@ -73,7 +88,24 @@ _NAMES = {
     "accelerator": ("Accelerator", "DeviceFacts", "SupportsMemoryStats", "SupportsRng"),
     "backend": ("Backend", "BackendSpec", "Probe", "StrategySpec"),
     "capabilities": ("ALL_STEP_HOOKS", "Capabilities", "Feature", "StepHook"),
-    "checkpoint": ("CheckpointIO", "SupportsListing"),
+    "checkpoint": (
+        "CheckpointFacts",
+        "CheckpointIO",
+        "Difference",
+        "PendingSave",
+        "SaveGroup",
+        "Shard",
+        "StoredTensor",
+        "SupportsBackgroundSave",
+        "SupportsConvert",
+        "SupportsInspect",
+        "SupportsListing",
+        "SupportsPrune",
+        "SupportsShardedLoad",
+        "SupportsShardedSave",
+        "SupportsVerify",
+        "TensorEntry",
+    ),
     "cluster": ("ClusterEnvironment", "World"),
     "collectives": (
         "Collectives",
@@ -115,6 +147,7 @@ _NAMES = {
         "StrategyContext",
         "StrategyFactory",
         "SupportsManualStep",
+        "SupportsShardedState",
         "TrainStep",
         "refuse_what_is_newer",
     ),

@@ -250,6 +250,23 @@ class SupportsManualStep(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsShardedState(Protocol):
+    """A strategy whose state need not be gathered: each rank has its part."""
+
+    def sharded_state(self) -> ModelState:
+        """As ``state``, with what this rank holds: a ``Shard`` for each partitioned tensor.
+
+        The tensors are copies on the host. Parts of the state that only one rank has, such as an
+        optimizer's for a parameter, are in that rank's mapping alone.
+        """
+        ...
+
+    def load_sharded(self, state: ModelState, *, strict: bool = True) -> None:
+        """As ``load``, of a state with a ``StoredTensor`` for each tensor; reads what it needs."""
+        ...
+
+
 class StrategyFactory(Protocol):
     """What ``StrategySpec.load`` returns. A configured, unbound strategy object may be one too."""
 
