@@ -20,6 +20,7 @@ FOLDER = Path("packages")
 CONSTRAINTS = ("-c", "ci/constraints.txt")
 TEST_TOOLS = ("pytest", "pytest-timeout")
 DIST = Path("build/dist")
+REPORTS = Path("build/reports")
 SHARED = Path(".nox/shared")
 
 PROJECTS = {
@@ -54,13 +55,15 @@ BACKENDS = [
     n for n in ALL if "drivetrain.backends" in PROJECTS[n]["project"].get("entry-points", {})
 ]
 TOGETHER = [n for n in ALL if not own_environment(n)]
+APART = [n for n in ALL if own_environment(n)]  # asked for by name
 
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = [
-    "lint", "gates", "imports", "wheels", "types", "tests", "integration", "docs", "alone",
-    "scaffold", "quickstart",
+    "lint", "gates", "imports", "wheels", "types", "tests",
+    *(f"backend({name})" for name in (*BACKENDS, "simulated") if name not in APART),
+    "capabilities", "integration", "docs", "alone", "scaffold", "quickstart",
 ]  # fmt: skip
 
 
@@ -98,6 +101,16 @@ def shared_python(session: nox.Session) -> str:
     return str(python)
 
 
+def run_apart(session: nox.Session, python: str, name: str) -> None:
+    """Run those test files of a package that need a process of their own, one after the other.
+
+    A package names them by ``apart = "test_simulated_*.py"`` in ``[tool.drivetrain]``.
+    """
+    pattern = PROJECTS[name]["tool"]["drivetrain"]["apart"]
+    for path in sorted((FOLDER / name / "tests").glob(pattern)):
+        session.run(python, "-m", "pytest", str(path), external=True)
+
+
 @nox.session
 def quickstart(session: nox.Session) -> None:
     """Install the trainer and the CPU backend alone, and train on the digits in two processes."""
@@ -133,11 +146,49 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("name", ids(BACKENDS))
+@nox.parametrize("name", ids([*BACKENDS, "simulated"]))
 def backend(session: nox.Session, name: str) -> None:
-    """Test one backend as its owner does: with the contracts and the toolkit, without a trainer."""
-    session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *editable(["interfaces", "toolkit", name]))
-    session.run("python", "-m", "pytest", f"{FOLDER / name}/tests", *session.posargs)
+    """Test one backend as its owner does: its own tests, then the whole conformance kit.
+
+    A registered backend is tested without a trainer. ``simulated`` is the backend that the kit's
+    own tests hold; runs of a trainer on it are among them. The kit's report is left in
+    ``build/reports``.
+    """
+    report = ROOT / REPORTS / f"{name}.json"
+    report.unlink(missing_ok=True)
+    kit = [
+        "-m",
+        "pytest",
+        "--pyargs",
+        "drivetrain_conformance.suite",
+        f"--drivetrain-report={report}",
+    ]
+    if name == "simulated":
+        python, home = shared_python(session), ROOT / FOLDER / "conformance/tests"
+        run_apart(session, python, "conformance")
+        env = {"PYTHONPATH": str(home), "DRIVETRAIN_SIMULATED": '{"devices": 4}'}
+        target = "simulated_backend:spec"
+    else:
+        session.install(
+            "-q",
+            *CONSTRAINTS,
+            *TEST_TOOLS,
+            *editable(["interfaces", "toolkit", name, "conformance"]),
+        )
+        python, home, env, target = "python", ROOT / FOLDER / name / "tests", {}, name
+        session.run(python, "-m", "pytest", str(home))
+    if (known := home / "conformance.toml").exists():
+        kit.append(f"--drivetrain-xfails={known}")
+    session.chdir(session.create_tmp())  # the kit is judged by its own settings, not by the tree's
+    session.run(
+        python, *kit, f"--drivetrain-backend={target}", *session.posargs, env=env, external=True
+    )
+
+
+@nox.session(venv_backend="none")
+def capabilities(session: nox.Session) -> None:
+    """Compare the table of what backends can do with the reports that ``backend`` left."""
+    session.run(sys.executable, "ci/capabilities.py", *session.posargs, external=True)
 
 
 @nox.session
@@ -274,13 +325,3 @@ def benchmarks(session: nox.Session) -> None:
     )
     name, *options = session.posargs or ["step_overhead"]
     session.run("python", f"benchmarks/{name}.py", *options)
-
-
-@nox.session(venv_backend="none", default=False)
-def apart(session: nox.Session) -> None:
-    """Run the tests that need a process of their own: those of the simulated accelerator."""
-    python = shared_python(session)
-    for name in TOGETHER:
-        pattern = PROJECTS[name]["tool"]["drivetrain"].get("apart")
-        for path in sorted((FOLDER / name / "tests").glob(pattern)) if pattern else ():
-            session.run(python, "-m", "pytest", str(path), *session.posargs, external=True)
