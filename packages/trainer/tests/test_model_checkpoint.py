@@ -6,13 +6,14 @@ from datetime import timedelta
 
 import pytest
 import torch
-from drivetrain_interfaces import ConfigurationError, StorageError
+from drivetrain_interfaces import CheckpointError, ConfigurationError, StorageError
 
 from drivetrain.callbacks import ModelCheckpoint
 from drivetrain.callbacks.base import Moment
 from drivetrain.callbacks.naming import check_template, fill, free_path
 from drivetrain.callbacks.retention import Retention, Saved
 from drivetrain.callbacks.triggers import When
+from drivetrain.pointers import load
 
 
 def files(trainer, folder="checkpoints"):
@@ -563,13 +564,41 @@ def test_the_probe_leaves_no_file_behind(trainer):
     assert files(trainer) == []
 
 
-def test_links_that_cannot_be_made_are_refused_before_training(trainer, monkeypatch):
+def test_where_links_cannot_be_made_a_tiny_checkpoint_names_the_newest(trainer, monkeypatch):
     def refuse(*_):
         raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr("drivetrain.callbacks.checkpoint.os.symlink", refuse)
-    with pytest.raises(StorageError, match="save_last=False"):
-        trainer.start(ModelCheckpoint(save_last=True))
+    monkeypatch.setattr("drivetrain.pointers.os.symlink", refuse)
+    trainer.start(ModelCheckpoint(save_last=True)).train(2).end()
+    assert files(trainer) == ["epoch=1-step=8.ckpt", "last.ckpt"]
+    last = os.path.join(trainer.run_dir, "checkpoints", "last.ckpt")
+    assert trainer.checkpoint_io.load(last) == {"same_as": "epoch=1-step=8.ckpt"}
+    tree = load(trainer.checkpoint_io, last)
+    assert list(tree) == [trainer.callbacks[0].state_key]
+
+
+def test_a_pointer_that_leaves_its_directory_is_refused(trainer):
+    path = os.path.join(trainer.run_dir, "last.ckpt")
+    trainer.checkpoint_io.save({"same_as": "../elsewhere.ckpt"}, path)
+    with pytest.raises(CheckpointError, match="not a name beside it"):
+        load(trainer.checkpoint_io, path)
+
+
+def test_what_a_killed_process_did_not_prune_goes_after_the_resume(trainer, make_trainer):
+    class Killed(BaseException):
+        pass
+
+    def kill(path):
+        raise Killed
+
+    trainer.checkpoint_io.remove = kill
+    with pytest.raises(Killed):
+        trainer.start(ModelCheckpoint(every_n_train_steps=3)).train(2)
+    assert files(trainer) == ["epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt"]
+    path = os.path.join(trainer.run_dir, "checkpoints", "epoch=1-step=6.ckpt")
+    again = make_trainer(current_epoch=1, global_step=6)
+    again.start(ModelCheckpoint(every_n_train_steps=3)).restore(path).hook("on_train_start")
+    assert files(trainer) == ["epoch=1-step=6.ckpt"]
 
 
 def test_all_bad_arguments_are_named_at_once():

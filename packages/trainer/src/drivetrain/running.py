@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from drivetrain import resuming
 from drivetrain.session import Session, determinism
 
 if TYPE_CHECKING:
@@ -83,8 +84,9 @@ def work(runtime: Runtime, trainer: Trainer, job: Job) -> Outcome:
         with determinism(asked=trainer.deterministic):
             if stack.world.is_main:
                 _prepare_loggers(trainer, job)
+            found = resuming.find(trainer, job.ckpt_path, job.stage)
             session.prepare()
-            tree = stack.checkpoint_io.load(job.ckpt_path) if job.ckpt_path else None
+            tree = found.read(stack.checkpoint_io)
             if job.stage == "fit":
                 session.fit(job.loaders, tree)
             else:

@@ -24,6 +24,7 @@ from drivetrain_interfaces import (
 )
 from drivetrain_interfaces.discovery import LAUNCHERS, load
 
+from drivetrain import pointers
 from drivetrain.data import Feed, feed_of
 from drivetrain.plan import Request
 from drivetrain.resolve import resolve
@@ -312,7 +313,7 @@ class Runtime:
 
     def load(self, path: str) -> dict[str, Any]:
         """Restore what ``save`` wrote, on any number of ranks; returns what was given as extra."""
-        tree = self.stack.checkpoint_io.load(path)
+        tree = pointers.load(self.stack.checkpoint_io, path)
         self.stack.strategy.load(
             ModelState(tree["module"], tree.get("optimizers", ()), tree.get("precision", {}))
         )

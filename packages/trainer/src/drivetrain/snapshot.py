@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from drivetrain_interfaces import CheckpointError, ModelState
 from drivetrain_interfaces.discovery import take_inventory
 
+from drivetrain import pointers
 from drivetrain.exchange import gather_objects
 from drivetrain.seeding import rng_state, set_rng_state
 
@@ -89,7 +90,7 @@ def read_checkpoint(path: str, checkpoint_io: CheckpointIO | None = None) -> dic
                 "Pass checkpoint_io, or install a backend such as drivetrain[cpu].",
             )
         checkpoint_io = max(specs, key=lambda spec: spec.priority).load().checkpoint_io()
-    return checkpoint_io.load(path)
+    return pointers.load(checkpoint_io, path)
 
 
 def restore_module(run_module: Any, stack: Stack, tree: Mapping[str, Any], *, strict: bool) -> None:
@@ -102,9 +103,14 @@ def restore_module(run_module: Any, stack: Stack, tree: Mapping[str, Any], *, st
     stack.strategy.load(ModelState(tree["module"]), strict=strict)
 
 
+def lacks(tree: Mapping[str, Any]) -> list[str]:
+    """The parts that a fit cannot be resumed without, and that are not in a tree."""
+    return [part for part in _PARTS if part not in tree]
+
+
 def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
     """Restore everything but the random numbers, which come last (``restore_rng``)."""
-    missing = [part for part in _PARTS if part not in tree]
+    missing = lacks(tree)
     if missing:
         raise CheckpointError(
             f"The checkpoint holds only {sorted(map(str, tree))}; {missing} are missing to resume "

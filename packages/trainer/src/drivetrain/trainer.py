@@ -220,7 +220,9 @@ class Trainer:
             train_dataloaders: A loader, any iterable of batches, or a ``DataModule``.
             val_dataloaders: A loader, or a list of loaders.
             datamodule: Where loaders come from if they are not given.
-            ckpt_path: A checkpoint to resume, or ``"last"`` or ``"best"`` of this Trainer's own.
+            ckpt_path: A checkpoint to resume; ``"best"`` of this Trainer's own; or ``"last"``: the
+                newest that is complete and verified where its callbacks save, and none if there
+                is nothing yet, so that a script can be started again and again.
 
         Raises:
             Interrupted: A signal stopped it cleanly; a ``SystemExit`` with the code 128 + signal.
@@ -479,13 +481,14 @@ class Trainer:
         if asked is None:
             return None
         asked = os.fspath(asked)
-        if asked not in {"last", "best"}:
-            return asked
-        name = f"{asked}_model_path"
-        found: list[str] = [path for each in self.callbacks if (path := getattr(each, name, ""))]
+        if asked != "best":
+            return asked  # "last" is looked for in the processes of the run
+        found: list[str] = [
+            path for each in self.callbacks if (path := getattr(each, "best_model_path", ""))
+        ]
         if not found:
             raise StorageError(
-                f"ckpt_path={asked!r} was asked for, and no callback of this Trainer saved one.",
+                "ckpt_path='best' was asked for, and no callback of this Trainer saved one.",
                 "Give the path of a checkpoint.",
             )
         return found[0]

@@ -17,6 +17,7 @@ from drivetrain.callbacks.naming import check_template, fill, free_path, missing
 from drivetrain.callbacks.retention import Kept, Retention, Saved
 from drivetrain.callbacks.triggers import When
 from drivetrain.loggers.files import ensure_writable
+from drivetrain.pointers import absolute, is_pointer, is_remote, point
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -54,7 +55,7 @@ class ModelCheckpoint(Callback):
         mode: ``"min"`` if a smaller value is better, ``"max"`` if a larger is.
         save_top_k: How many to keep; -1 keeps all. 0 keeps none: then nothing is written, also
             not at an interrupt, unless ``save_last`` is set.
-        save_last: Always save and keep the newest too, and point the link ``last.ckpt`` to it.
+        save_last: Always save and keep the newest too, and let ``last.ckpt`` be a link to it.
         every_n_train_steps: Save after every so many applied optimizer steps.
         every_n_epochs: Save every so many epochs.
         train_time_interval: Save when so much time has passed since the last save. Rank 0's clock
@@ -96,7 +97,7 @@ class ModelCheckpoint(Callback):
         self.save_last = save_last
         self.save_weights_only = save_weights_only
         self.auto_insert_metric_name = auto_insert_metric_name
-        self._asked = None if dirpath is None else os.path.abspath(os.fspath(dirpath))
+        self._asked = None if dirpath is None else absolute(dirpath)
         self._dirpath = self._asked
         self._monitor = None if monitor is None else Monitor(monitor, mode, type(self).__name__)
         self._when = When(
@@ -117,6 +118,7 @@ class ModelCheckpoint(Callback):
         if self._monitor is not None:
             self._monitor.reset()
         self._kept: Kept = ()
+        self._leaving: Kept = ()
         self._restored = False
         self._epoch = 0
         self._began = -1
@@ -126,6 +128,7 @@ class ModelCheckpoint(Callback):
         self._validated_epoch = -1
         self._clock_step = 0
         self._clock = time.monotonic()
+        self._link_path: str | None = None
 
     # What was saved
     @property
@@ -139,6 +142,10 @@ class ModelCheckpoint(Callback):
     def dirpath(self) -> str | None:
         """The directory; None before the first fit if it was not given."""
         return self._dirpath
+
+    def directory(self, trainer: Trainer) -> str:
+        """Where this callback saves in a run of ``trainer``, whether or not that has begun."""
+        return self._asked or absolute(os.path.join(trainer.run_dir, "checkpoints"))
 
     @property
     def best_k_models(self) -> dict[str, float]:
@@ -187,7 +194,7 @@ class ModelCheckpoint(Callback):
         """Make sure that the directory can be written, before any training is done.
 
         Raises:
-            StorageError: It cannot be created or written, or not hold the link.
+            StorageError: It cannot be created or written.
         """
         if stage != "fit":
             return
@@ -329,26 +336,30 @@ class ModelCheckpoint(Callback):
         name = fill(self.filename, values, insert_names=self.auto_insert_metric_name)
         replaced = self._keep.after(self._kept, Saved("", trainer.global_step, score))[1]
         ours = {saved.path for saved in replaced}
-        reserved = self._link() if self.save_last else ""
+        reserved = self._link(trainer) if self.save_last else ""
         return free_path(
             self._dirpath,
             name,
-            lambda path: path == reserved or (os.path.lexists(path) and path not in ours),
+            lambda path: path == reserved or (path not in ours and _taken(path, trainer)),
         )
 
-    def _link(self) -> str:
+    def _link(self, trainer: Trainer) -> str:
         """Where the link to the newest checkpoint is, or goes: never in place of a real file."""
         assert self._dirpath is not None
-        return free_path(
-            self._dirpath, _LAST, lambda path: os.path.lexists(path) and not _is_our_link(path)
-        )
+        if self._link_path is None:
+            self._link_path = free_path(
+                self._dirpath,
+                _LAST,
+                lambda path: _taken(path, trainer) and not is_pointer(path, trainer.checkpoint_io),
+            )
+        return self._link_path
 
     # Writing
     def _save(self, trainer: Trainer, new: Saved) -> None:
         """Write, point the link to it, and only then remove what is not kept any more."""
         before = self._kept, self._saved_at
         # The records change first, because the checkpoint holds this callback's state.
-        self._kept, goes = self._keep.after(self._kept, new)
+        self._kept, self._leaving = self._keep.after(self._kept, new)
         self._saved_at = (trainer.global_step, self._epoch)
         try:
             trainer.save_checkpoint(new.path, weights_only=self.save_weights_only)
@@ -359,17 +370,21 @@ class ModelCheckpoint(Callback):
         if not trainer.is_global_zero:
             return
         if self.save_last:
-            _point(self._link(), new.path)
-        for saved in goes:  # never the new one
+            point(self._link(trainer), new.path, trainer.checkpoint_io)
+        self._prune(trainer)
+
+    def _prune(self, trainer: Trainer) -> None:
+        """Remove what has made room, now that what takes its place is durable."""
+        leaving, self._leaving = self._leaving, ()
+        for saved in leaving:  # never the new one
             trainer.checkpoint_io.remove(saved.path)
 
     def _inspect(self, trainer: Trainer) -> tuple[str, tuple[str, str] | None]:
-        """The directory, and what is wrong with it."""
-        directory = self._asked or os.path.abspath(os.path.join(trainer.run_dir, "checkpoints"))
+        """The directory, and what is wrong with it. A store is asked by the first save."""
+        directory = self.directory(trainer)
         try:
-            ensure_writable(directory, type(self).__name__)
-            if self.save_last:
-                _ensure_links(directory)
+            if not is_remote(directory):
+                ensure_writable(directory, type(self).__name__)
         except StorageError as error:
             return directory, (error.message, error.hint)
         return directory, None
@@ -383,6 +398,8 @@ class ModelCheckpoint(Callback):
                 {"name": os.path.basename(saved.path), "step": saved.step, "score": saved.score}
                 for saved in self._kept
             ],
+            # Known to the checkpoint that takes their place, should this process not get so far.
+            "leaving": [os.path.basename(saved.path) for saved in self._leaving],
             "considered": list(self._considered),
             "saved_at": list(self._saved_at),
             "validated_epoch": self._validated_epoch,
@@ -396,6 +413,9 @@ class ModelCheckpoint(Callback):
         self._kept = tuple(
             Saved(os.path.join(directory, item["name"]), item["step"], item["score"])
             for item in state["kept"]
+        )
+        self._leaving = tuple(
+            Saved(os.path.join(directory, name), 0) for name in state.get("leaving", ())
         )
         self._considered = tuple(state["considered"])
         self._saved_at = tuple(state["saved_at"])
@@ -416,6 +436,9 @@ class ModelCheckpoint(Callback):
                     self._dirpath,
                 )
             kept = tuple(each for each in kept if trainer.checkpoint_io.exists(each.path))
+            ours = tuple(e for e in self._leaving if os.path.dirname(e.path) == self._dirpath)
+            self._leaving = ours
+            self._prune(trainer)
         rows = trainer.collectives.broadcast_object([(s.path, s.step, s.score) for s in kept])
         self._kept = tuple(Saved(*row) for row in rows)
 
@@ -433,29 +456,6 @@ def _check(top_k: int, steps: int | None, epochs: int | None, seconds: float) ->
         raise ConfigurationError.conflicts(problems)
 
 
-def _is_our_link(path: str) -> bool:
-    """Whether it is a link to something beside it, as ``_point`` makes them."""
-    return os.path.islink(path) and os.path.basename(os.readlink(path)) == os.readlink(path)
-
-
-def _point(link: str, target: str) -> None:
-    """Make ``link`` a relative link to ``target`` in the same directory, in one step."""
-    directory, name = os.path.split(link)
-    temporary = os.path.join(directory, f".{name}.{os.getpid()}")
-    try:
-        if os.path.lexists(temporary):  # left by a process that died
-            os.remove(temporary)
-        os.symlink(os.path.basename(target), temporary)
-        os.replace(temporary, link)
-    except OSError as error:
-        raise StorageError(
-            f"The link {link!r} cannot be made ({error.strerror}).",
-            "Use save_last=False, or a file system that has symbolic links.",
-        ) from error
-
-
-def _ensure_links(directory: str) -> None:
-    """Make sure that links can be made in a directory."""
-    probe = os.path.join(directory, f".link.{os.getpid()}")
-    _point(probe, "nothing")
-    os.remove(probe)
+def _taken(path: str, trainer: Trainer) -> bool:
+    """Whether anything is there, in the file system or where the checkpoint IO keeps it."""
+    return os.path.lexists(path) or trainer.checkpoint_io.exists(path)
