@@ -31,7 +31,7 @@ from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from torch.optim import optimizer as optimizers
 from training_parts import Recorder, Regression, loader, parameters_of
 
-EPOCHS = 3
+EPOCHS = 2
 #: How a run trains; each is compared with an undisturbed run of its own.
 VARIANTS: dict[str, dict[str, Any]] = {
     "every step": {"checkpoint": {"every_n_train_steps": 1, "save_top_k": 2, "save_last": True}},

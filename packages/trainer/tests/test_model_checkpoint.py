@@ -623,3 +623,24 @@ def test_state_keys_tell_callbacks_apart():
         ModelCheckpoint(filename="x").state_key,
     }
     assert len(keys) == 5
+
+
+def test_the_link_never_points_to_what_a_resume_prunes(trainer, make_trainer, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_):
+        raise Killed
+
+    trainer.start(ModelCheckpoint(every_n_train_steps=3, save_last=True)).train(1)
+    monkeypatch.setattr("drivetrain.callbacks.checkpoint.point", kill)
+    with pytest.raises(Killed):
+        trainer.train(1)
+    monkeypatch.undo()
+    folder = os.path.join(trainer.run_dir, "checkpoints")
+    assert os.readlink(os.path.join(folder, "last.ckpt")) == "epoch=0-step=3.ckpt"
+    again = make_trainer(current_epoch=1, global_step=6)
+    again.start(ModelCheckpoint(every_n_train_steps=3, save_last=True))
+    again.restore(os.path.join(folder, "epoch=1-step=6.ckpt")).hook("on_train_start")
+    assert files(trainer) == ["epoch=1-step=6.ckpt", "last.ckpt"]
+    assert os.readlink(os.path.join(folder, "last.ckpt")) == "epoch=1-step=6.ckpt"

@@ -367,14 +367,13 @@ class ModelCheckpoint(Callback):
             self._kept, self._saved_at = before
             raise
         self._clock = time.monotonic()
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._settle(trainer, new)
+
+    def _settle(self, trainer: Trainer, new: Saved) -> None:
+        """Point the link to what is now durable, and then remove what has made room for it."""
         if self.save_last:
             point(self._link(trainer), new.path, trainer.checkpoint_io)
-        self._prune(trainer)
-
-    def _prune(self, trainer: Trainer) -> None:
-        """Remove what has made room, now that what takes its place is durable."""
         leaving, self._leaving = self._leaving, ()
         for saved in leaving:  # never the new one
             trainer.checkpoint_io.remove(saved.path)
@@ -438,7 +437,9 @@ class ModelCheckpoint(Callback):
             kept = tuple(each for each in kept if trainer.checkpoint_io.exists(each.path))
             ours = tuple(e for e in self._leaving if os.path.dirname(e.path) == self._dirpath)
             self._leaving = ours
-            self._prune(trainer)
+            if kept and ours:
+                # The process was killed after it had saved: what it had still to do is done now.
+                self._settle(trainer, kept[-1])
         rows = trainer.collectives.broadcast_object([(s.path, s.step, s.score) for s in kept])
         self._kept = tuple(Saved(*row) for row in rows)
 
