@@ -78,8 +78,9 @@ def test_decision_is_found_by_name():
 
 
 class Fake:
-    def __init__(self, name, variable):
+    def __init__(self, name, variable, priority=50):
         self.name = name
+        self.priority = priority
         self.variable = variable
 
     def detect(self, env):
@@ -99,9 +100,10 @@ class Falling(Fake):
 def claims(monkeypatch):
     """Environments by name, loaded from a module made up for the test."""
     made = type(sys)("made_up_environments")
-    made.local = Fake("local", "PLACE")
-    made.torchrun = Fake("torchrun", "ELASTIC")
+    made.local = Fake("local", "PLACE", 0)
+    made.torchrun = Fake("torchrun", "ELASTIC", 90)
     made.batch = Fake("batch", "BATCH")
+    del made.batch.priority  # stating none is allowed, and means the middle
     made.falling = Falling("falling", "BATCH")
     monkeypatch.setitem(sys.modules, "made_up_environments", made)
     return registrations(

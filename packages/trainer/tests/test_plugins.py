@@ -78,8 +78,11 @@ HERE = {
     "CheckpointIO": "drivetrain_interfaces.checkpoint.CheckpointIO",
     "TorchCheckpointIO": "drivetrain_toolkit.checkpoint.DirectoryCheckpointIO",
     "ClusterEnvironment": "drivetrain_interfaces.cluster.ClusterEnvironment",
-    "LightningEnvironment": "drivetrain_toolkit.environments.LocalEnvironment",
-    "TorchElasticEnvironment": "drivetrain_toolkit.environments.TorchRunEnvironment",
+    "LightningEnvironment": "drivetrain_toolkit.environments.local.LocalEnvironment",
+    "TorchElasticEnvironment": "drivetrain_toolkit.environments.torchrun.TorchRunEnvironment",
+    "SLURMEnvironment": "drivetrain_toolkit.environments.slurm.SLURMEnvironment",
+    "LSFEnvironment": "drivetrain_toolkit.environments.lsf.LSFEnvironment",
+    "KubeflowEnvironment": "drivetrain_toolkit.environments.kubeflow.KubeflowEnvironment",
     "Accelerator": "drivetrain_interfaces.accelerator.Accelerator",
     "CPUAccelerator": "drivetrain_cpu.accelerator.CpuAccelerator",
 }

@@ -39,7 +39,12 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.checkpoint import SupportsVerify as SupportsVerify
     from drivetrain_interfaces.checkpoint import TensorEntry as TensorEntry
     from drivetrain_interfaces.cluster import ClusterEnvironment as ClusterEnvironment
+    from drivetrain_interfaces.cluster import DescribesMachines as DescribesMachines
+    from drivetrain_interfaces.cluster import Machines as Machines
+    from drivetrain_interfaces.cluster import Remarks as Remarks
+    from drivetrain_interfaces.cluster import StatesPriority as StatesPriority
     from drivetrain_interfaces.cluster import World as World
+    from drivetrain_interfaces.cluster import priority_of as priority_of
     from drivetrain_interfaces.collectives import Collectives as Collectives
     from drivetrain_interfaces.collectives import ReduceOp as ReduceOp
     from drivetrain_interfaces.collectives import SideChannel as SideChannel
@@ -106,7 +111,15 @@ _NAMES = {
         "SupportsVerify",
         "TensorEntry",
     ),
-    "cluster": ("ClusterEnvironment", "World"),
+    "cluster": (
+        "ClusterEnvironment",
+        "DescribesMachines",
+        "Machines",
+        "Remarks",
+        "StatesPriority",
+        "World",
+        "priority_of",
+    ),
     "collectives": (
         "Collectives",
         "ReduceOp",

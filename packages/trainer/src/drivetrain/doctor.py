@@ -270,6 +270,7 @@ def _todo(
     ]
     if machine.cluster.problem is not None:
         todo.append(str(machine.cluster.problem))
+    todo += machine.cluster.remarks
     return tuple(todo)
 
 

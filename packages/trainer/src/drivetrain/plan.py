@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.backend import BackendSpec
     from drivetrain_interfaces.capabilities import Capabilities, Feature, StepHook
     from drivetrain_interfaces.checkpoint import CheckpointIO
-    from drivetrain_interfaces.cluster import ClusterEnvironment, World
+    from drivetrain_interfaces.cluster import ClusterEnvironment, Machines, World
     from drivetrain_interfaces.errors import DrivetrainError
     from drivetrain_interfaces.launcher import Launcher
     from drivetrain_interfaces.precision import Precision
@@ -118,6 +118,8 @@ class ClusterFinding:
         candidates: Every environment that was asked, and its answer.
         problem: Why the world could not be read, as an error that can be raised.
         asked_by: The setting or variable that chose the environment, or ``"default"``.
+        machines: The machines of the run, where their manager leaves starting ranks to a launcher.
+        remarks: What users of the manager should be told.
     """
 
     world: World | None = None
@@ -126,6 +128,8 @@ class ClusterFinding:
     candidates: tuple[Candidate, ...] = ()
     problem: DrivetrainError | None = None
     asked_by: str = "default"
+    machines: Machines | None = None
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

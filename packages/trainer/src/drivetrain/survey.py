@@ -12,7 +12,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from drivetrain_interfaces.backend import BackendSpec
-from drivetrain_interfaces.cluster import ClusterEnvironment
+from drivetrain_interfaces.cluster import (
+    ClusterEnvironment,
+    DescribesMachines,
+    Remarks,
+    priority_of,
+)
 from drivetrain_interfaces.contract import CONTRACT
 from drivetrain_interfaces.discovery import (
     ENVIRONMENTS,
@@ -63,14 +68,15 @@ def survey(request: Request, environ: Mapping[str, str] | None = None) -> Machin
     # An environment that the user passes as an object knows better than any that is installed.
     asked = sort_out(request).environment
     cluster = find_cluster(environ, claims, "auto" if asked is None else asked.value)
+    told = cluster.machines
     return Machine(
         inventory=inventory,
         cluster=cluster,
         interactive=is_interactive(),
         launched_by=environ.get(LAUNCHED, ""),
-        node_rank=_number(environ, "NODE_RANK", "GROUP_RANK"),
-        address=environ.get("MASTER_ADDR", ""),
-        port=_number(environ, "MASTER_PORT") or 0,
+        node_rank=told.node_rank if told else _number(environ, "NODE_RANK", "GROUP_RANK"),
+        address=told.address if told else environ.get("MASTER_ADDR", ""),
+        port=told.port if told else _number(environ, "MASTER_PORT") or 0,
         distributions=installed_distributions(),
     )
 
@@ -126,8 +132,8 @@ def find_cluster(
 ) -> ClusterFinding:
     """Who started this process, and its place among the others.
 
-    The first environment with evidence is used: torchrun before the others (it runs inside them),
-    ``"local"`` last.
+    The first environment with evidence is used, in the order of their priorities: torchrun before
+    the others, since it runs inside them, and ``"local"`` last.
 
     Args:
         environ: The variables of this process.
@@ -171,6 +177,9 @@ def _use_own(own: ClusterEnvironment, switch: str, environ: Mapping[str, str]) -
             )
         )
     evidence = own.detect(environ)
+    described = _described(own, environ, Candidate(own.name, "asked for"), by)
+    if described is not None:
+        return described
     seen = Candidate(own.name, "asked for" if evidence else "asked for, sees no other processes")
     return _place(_Answer(own, seen, tuple(evidence)), (seen,), environ, by)
 
@@ -198,6 +207,9 @@ def _use_named(
         return ClusterFinding(environment=name, problem=problem, asked_by=by)
     evidence = tuple(environment.detect(environ)) or sure
     seen = Candidate(name, "asked for")
+    described = _described(environment, environ, seen, by)
+    if described is not None:
+        return described
     if not evidence and name != "local":
         return ClusterFinding(
             environment=name,
@@ -214,8 +226,8 @@ def _use_named(
 def _first_with_evidence(
     claims: Mapping[str, tuple[Registration, ...]], environ: Mapping[str, str]
 ) -> ClusterFinding:
-    order = sorted(claims, key=lambda name: (name != "torchrun", name == "local", name))
-    answers = [_ask(name, claims[name], environ) for name in order]
+    answers = [_ask(name, claims[name], environ) for name in claims]
+    answers.sort(key=lambda one: (-priority_of(one.environment), one.candidate.name))
     chosen = next((answer for answer in answers if answer.evidence), None)
     candidates = tuple(
         Candidate(answer.candidate.name, f"{answer.candidate.verdict}, but comes later")
@@ -223,11 +235,49 @@ def _first_with_evidence(
         else answer.candidate
         for answer in answers
     )
-    if chosen is None:
-        return ClusterFinding(
-            evidence=("no environment has evidence of other processes",), candidates=candidates
-        )
-    return _place(chosen, candidates, environ, "default")
+    if chosen is not None:
+        return _place(chosen, candidates, environ, "default")
+    for answer in answers:
+        described = _described(answer.environment, environ, answer.candidate, "default")
+        if described is not None:
+            return replace(described, candidates=candidates)
+    return ClusterFinding(
+        evidence=("no environment has evidence of other processes",),
+        candidates=candidates,
+        remarks=tuple(
+            remark for answer in answers for remark in _remarks(answer.environment, environ)
+        ),
+    )
+
+
+def _described(
+    environment: ClusterEnvironment | None,
+    environ: Mapping[str, str],
+    seen: Candidate,
+    by: str,
+) -> ClusterFinding | None:
+    """The finding for a manager that describes machines, and made this process no rank."""
+    if not isinstance(environment, DescribesMachines):
+        return None
+    name = seen.name
+    try:
+        machines = environment.machines(environ)
+    except DrivetrainError as problem:
+        return ClusterFinding(environment=name, candidates=(seen,), problem=problem, asked_by=by)
+    if machines is None:
+        return None
+    return ClusterFinding(
+        environment=name,
+        evidence=machines.evidence,
+        candidates=(seen,),
+        asked_by=by,
+        machines=machines,
+        remarks=_remarks(environment, environ),
+    )
+
+
+def _remarks(environment: ClusterEnvironment | None, environ: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(environment.remarks(environ)) if isinstance(environment, Remarks) else ()
 
 
 def _ask(name: str, claims: tuple[Registration, ...], environ: Mapping[str, str]) -> _Answer:
@@ -264,7 +314,11 @@ def _place(
             asked_by=by,
         )
     finding = ClusterFinding(
-        environment=name, evidence=answer.evidence, candidates=candidates, asked_by=by
+        environment=name,
+        evidence=answer.evidence,
+        candidates=candidates,
+        asked_by=by,
+        remarks=_remarks(environment, environ),
     )
     try:
         return replace(finding, world=environment.world(environ))

@@ -32,6 +32,10 @@ def note_cluster(draft: Draft) -> World | None:
     if finding.world is not None:
         world = finding.world
         evidence.append(f"rank {world.rank} of {world.size}, {world.local_size} on this machine")
+    if finding.machines is not None:
+        told = finding.machines
+        evidence.append(f"machine {told.node_rank} of {told.num_nodes}, ranks are started here")
+    draft.notices += finding.remarks
     draft.decide(
         "cluster environment", finding.environment, finding.asked_by, evidence, finding.candidates
     )

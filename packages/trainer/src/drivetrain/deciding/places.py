@@ -40,7 +40,7 @@ def count_nodes(draft: Draft) -> int:
     """The number of machines that was asked for; 1 if that is no number."""
     asked: Any = draft.request.num_nodes
     if isinstance(asked, int) and not isinstance(asked, bool) and asked >= 1:
-        return asked
+        return _told_nodes(draft, asked)
     draft.refuse(
         ConfigurationError(
             f"num_nodes={asked!r} was asked for, and a run needs a whole number of machines.",
@@ -48,6 +48,23 @@ def count_nodes(draft: Draft) -> int:
         )
     )
     return 1
+
+
+def _told_nodes(draft: Draft, asked: int) -> int:
+    """The number of machines, where their manager tells it and leaves the ranks to a launcher."""
+    told = draft.machine.cluster.machines
+    if told is None or told.num_nodes == asked:
+        return asked
+    if asked != 1:
+        draft.refuse(
+            ClusterError(
+                f"num_nodes={asked} was asked for, and {told.environment} started "
+                f"{count(told.num_nodes, 'machine')} ({', '.join(told.evidence)}).",
+                "Make them equal, or leave num_nodes out.",
+            ),
+            "cluster environment",
+        )
+    return told.num_nodes
 
 
 def choose_places(draft: Draft, spec: BackendSpec, probe: Probe, num_nodes: int) -> Places | None:
@@ -62,8 +79,11 @@ def choose_places(draft: Draft, spec: BackendSpec, probe: Probe, num_nodes: int)
     if world is None:
         places = Places(devices, num_nodes, local * num_nodes, local)
         _check_meeting_point(draft, places)
+        _check_told_processes(draft, local)
     else:
-        nodes = -(-world.size // world.local_size)
+        nodes = world.machines
+        if world.devices_apart and not one_process:
+            local = world.local_size
         _check_world(draft, world, local, num_nodes, nodes)
         places = Places(devices, nodes, world.size, world.local_size)
     draft.decide(
@@ -83,8 +103,14 @@ def _devices(
 ) -> tuple[int, ...] | None:
     ask = draft.asks.devices
     found = f"{spec.name} found {count(probe.devices, 'device')}"
+    told = draft.machine.cluster.machines
+    if world is not None and world.devices_apart:
+        return _own_device(draft, spec, probe, world)
     if ask is not None:
         wanted, by, why = ask.value, ask.by, found
+    elif told is not None and told.local_size:
+        wanted, by = told.local_size, told.environment
+        why = f"{processes(told.local_size)} on each machine; {found}"
     elif world is not None:
         wanted, by = world.local_size, draft.machine.cluster.environment
         why = f"{processes(world.local_size)} on this machine; {found}"
@@ -100,6 +126,48 @@ def _devices(
         return None
     draft.decide("devices", ", ".join(map(str, devices)), by, (why,))
     return tuple(devices)
+
+
+def _own_device(
+    draft: Draft, spec: BackendSpec, probe: Probe, world: World
+) -> tuple[int, ...] | None:
+    """The device of a process that its manager lets see no other; ``devices=`` counts processes."""
+    ask, name = draft.asks.devices, draft.machine.cluster.environment
+    evidence = f"{name} lets each process see its own devices only"
+    if ask is not None and ask.value not in (world.local_size, str(world.local_size), -1, "-1"):
+        draft.refuse(
+            ClusterError(
+                f"{ask.by} was asked for, and {name} started {processes(world.local_size)} on this "
+                f"machine, each of which sees its own devices only "
+                f"({', '.join(draft.machine.cluster.evidence)}).",
+                f"Use devices={world.local_size}, or leave devices= out.",
+            ),
+            "cluster environment",
+        )
+        return None
+    try:
+        devices = tuple(spec.parse_devices(1, probe, spec.name))
+    except DrivetrainError as error:
+        about = ("accelerator", "cluster environment")
+        draft.refuse(_device_problem(draft, error, name, world), *about)
+        return None
+    draft.decide("devices", ", ".join(map(str, devices)), ask.by if ask else name, (evidence,))
+    return devices
+
+
+def _check_told_processes(draft: Draft, local: int) -> None:
+    told, ask = draft.machine.cluster.machines, draft.asks.devices
+    if told is None or ask is None or told.local_size in (0, local):
+        return
+    draft.refuse(
+        ClusterError(
+            f"{ask.by} makes {processes(local)} on each machine, and {told.environment} was told "
+            f"to have {told.local_size} ({', '.join(told.evidence)}).",
+            "Make them equal, or leave devices= out.",
+        ),
+        "cluster environment",
+        "devices",
+    )
 
 
 def _device_problem(
