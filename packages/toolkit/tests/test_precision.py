@@ -463,8 +463,9 @@ def test_a_foreign_state_is_refused_with_both_sides():
 def test_16_mixed_is_refused_where_torch_would_scale_nothing(monkeypatch):
     """P9"""
     monkeypatch.setattr(torch.amp.GradScaler, "is_enabled", lambda self: False)
+    precision = ScaledAutocastPrecision("cpu")  # a plan may hold it where no device is
     with pytest.raises(UnsupportedError, match="no loss scaling"):
-        ScaledAutocastPrecision("cpu")
+        precision.convert(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("name", sorted(specs.PRECISIONS))

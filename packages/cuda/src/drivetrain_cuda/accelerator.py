@@ -147,7 +147,7 @@ class CudaAccelerator:
     def copy_stream(self, device: torch.device) -> torch.Stream:
         """A stream for copies beside the work; the same one each time."""
         if device not in self._copying:
-            self._copying[device] = torch.cuda.Stream(device)
+            self._copying[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._copying[device]
 
     def capability(self, device: torch.device) -> tuple[int, int]:
@@ -205,11 +205,12 @@ class _Before:
 def _initialized() -> int:
     """The number of devices, once a context can be made. Raises ``UnavailableError`` if not."""
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:  # the latter from builds without CUDA
         raise UnavailableError(
             f"A CUDA device was asked for, and torch {torch.__version__} cannot use any: {error}.",
-            "Run 'drivetrain doctor' to see what is installed and what the machine has.",
+            "Run 'drivetrain doctor' to see what the machine has. If this process was forked, use "
+            "no GPU before forking, not even torch.cuda.is_available().",
         ) from error
     return torch.cuda.device_count()
 

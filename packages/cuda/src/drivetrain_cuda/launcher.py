@@ -34,7 +34,7 @@ class CudaForkLauncher(ForkLauncher):
 
 def refuse_with_context() -> None:
     """Raise ``ClusterError`` if this process has a CUDA context."""
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ClusterError(
             "The 'fork' launcher was asked for, and this process has used a GPU already, such as "
             "by x.cuda(); a CUDA context cannot be copied into other processes.",

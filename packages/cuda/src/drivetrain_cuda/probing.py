@@ -61,14 +61,11 @@ def read_build(text: str) -> TorchBuild:
     """The build that the text of torch's ``version.py`` states."""
     found: dict[str, str | None] = {}
     for node in ast.parse(text).body:
-        if isinstance(node, ast.AnnAssign):
-            target, value = node.target, node.value
-        elif isinstance(node, ast.Assign):
-            target, value = node.targets[0], node.value
-        else:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
-        if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
-            found[target.id] = value.value if isinstance(value.value, str) else None
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        if isinstance(target, ast.Name) and isinstance(node.value, ast.Constant):
+            found[target.id] = node.value.value if isinstance(node.value.value, str) else None
     return TorchBuild(found.get("__version__") or "", found.get("cuda"), found.get("hip"))
 
 

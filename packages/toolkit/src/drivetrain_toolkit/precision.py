@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from drivetrain_interfaces import (
     CheckpointError,
     Precision,
     PrecisionPolicy,
+    ReduceOp,
     UnsupportedError,
     UserCodeError,
 )
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from drivetrain_interfaces import Collectives
     from torch.optim import Optimizer
 
 #: Shared, since it holds nothing: entering it is all that a forward in full precision costs.
@@ -224,6 +227,7 @@ class ScaledAutocastPrecision(AutocastPrecision):
     name = "16-mixed"
     policy = PrecisionPolicy(compute="float16", loss_scaling=True)
     _dtype = torch.float16
+    _others: Collectives | None = None
 
     def __init__(
         self,
@@ -235,25 +239,48 @@ class ScaledAutocastPrecision(AutocastPrecision):
         growth_interval: int = 2000,
     ) -> None:
         super().__init__(autocast_type)
-        self._scaler = _Scaler(
-            autocast_type,
-            init_scale=init_scale,
-            growth_factor=growth_factor,
-            backoff_factor=backoff_factor,
-            growth_interval=growth_interval,
-        )
-        if not self._scaler.is_enabled():  # torch warns and goes on without a scale
-            raise UnsupportedError(
-                f"Precision '16-mixed' was asked for, and torch has no loss scaling for "
-                f"{autocast_type!r} here.",
-                "Use 'bf16-mixed' or '32-true'.",
-            )
+        self._settings: dict[str, Any] = {
+            "init_scale": init_scale,
+            "growth_factor": growth_factor,
+            "backoff_factor": backoff_factor,
+            "growth_interval": growth_interval,
+        }
         # Optimizers that unscaled since the scale last changed. It changes only before the next
         # backward, so that two losses that went backward together are unscaled alike.
         self._unscaled: set[int] = set()
 
+    @cached_property
+    def _scaler(self) -> _Scaler:
+        """Made in the process that trains: to make one, torch looks for the device."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns and goes on without a scale
+            scaler = _Scaler(self._autocast_type, **self._settings)
+        if not scaler.is_enabled():
+            raise UnsupportedError(
+                f"Precision {self.name!r} was asked for, and torch has no loss scaling for "
+                f"{self._autocast_type!r} here.",
+                "Use 'bf16-mixed' or '32-true'.",
+            )
+        return scaler
+
+    def decide_with(self, collectives: Collectives | None) -> None:
+        """Reduce over ranks whether gradients are finite: an update is applied on all or on none.
+
+        For strategies whose ranks hold gradients of different parameters. None undoes it.
+        """
+        self._others = collectives
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the connection to other ranks, which belongs to a process."""
+        return {**self.__dict__, "_others": None}
+
     def convert(self, module: nn.Module) -> nn.Module:
-        """The module as it is. Raises ``UnsupportedError`` for parameters in float16."""
+        """The module as it is.
+
+        Raises:
+            UnsupportedError: It has parameters in float16, or the device has no loss scaling.
+        """
+        assert self._scaler
         halves = [name for name, p in module.named_parameters() if p.dtype is torch.float16]
         if halves:
             raise UnsupportedError(
@@ -284,7 +311,7 @@ class ScaledAutocastPrecision(AutocastPrecision):
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             prepare()
-            applied = scaler.is_finite(optimizers)
+            applied = scaler.is_finite(optimizers, self._others)
             if applied:
                 for optimizer in optimizers:
                     optimizer.step()
@@ -328,17 +355,33 @@ class _Scaler(torch.amp.GradScaler):
         """Whether a loss was scaled."""
         return self._scale is not None
 
-    def is_finite(self, optimizers: Sequence[Optimizer]) -> bool:
+    def is_finite(self, optimizers: Sequence[Optimizer], others: Collectives | None) -> bool:
         """Whether all their gradients were. The only moment that waits for the device."""
         flags = [
             flag
             for optimizer in optimizers
             for flag in self._found_inf_per_device(optimizer).values()
         ]
+        if others is not None:
+            return self._is_finite_everywhere(optimizers, flags, others)
         if not flags:
             return True
         home = flags[0].device
         return not sum(flag.to(home, non_blocking=True) for flag in flags)
+
+    def _is_finite_everywhere(
+        self, optimizers: Sequence[Optimizer], flags: list[Tensor], others: Collectives
+    ) -> bool:
+        """The same, with the flags of all ranks. A rank without any gradient has a say as well."""
+        assert self._scale is not None
+        flag = torch.zeros_like(self._scale)
+        for mine in flags:
+            flag = torch.maximum(flag, mine.to(flag.device).reshape(flag.shape))
+        flag = others.all_reduce(flag, ReduceOp.MAX)
+        for optimizer in optimizers:  # the scale follows what was found anywhere
+            states = self._per_optimizer_states[id(optimizer)]
+            states["found_inf_per_device"] = {flag.device: flag}
+        return not flag
 
     def settle(self) -> None:
         """Let the scale follow what was found since it last did."""
