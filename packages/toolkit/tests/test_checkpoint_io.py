@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +181,8 @@ def test_the_manifest_says_what_wrote_it(tmp_path: Path) -> None:
     assert (body["format"], body["version"]) == ("drivetrain.checkpoint", 1)
     assert body["contract"] == str(CONTRACT)
     assert (body["producer"], body["world_size"]) == ("someone 1.0", 2)
-    assert body["tensors"]["model/w"] == {"dtype": "float32", "shape": [3, 4]}
+    shard = {"file": TENSORS, "key": "model/w", "start": [0, 0], "shape": [3, 4]}
+    assert body["tensors"]["model/w"] == {"dtype": "float32", "shape": [3, 4], "shards": [shard]}
     assert body["files"][STATE]["size"] == (tmp_path / "x" / STATE).stat().st_size
     age = datetime.now().astimezone() - datetime.fromisoformat(body["created"])
     assert abs(age) < timedelta(minutes=5)
@@ -305,11 +307,11 @@ def test_another_system_is_refused(io: DirectoryCheckpointIO) -> None:
         io.save(tree(), "s3://bucket/x.ckpt")
 
 
-def test_200_random_bit_flips_are_all_found(io: DirectoryCheckpointIO, saved: Path) -> None:
+def test_1000_random_bit_flips_are_all_found(io: DirectoryCheckpointIO, saved: Path) -> None:
     """K5"""
     rng = random.Random(0)
     good = contents(saved)
-    for _ in range(200):
+    for _ in range(1000):
         name = rng.choice(FILES)
         data = bytearray(good[name])
         place = rng.randrange(len(data))
@@ -361,14 +363,16 @@ def test_a_file_that_leads_elsewhere_is_refused(
         io.load(str(saved))
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "tensors.bin"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "a/b", "..", ".x", "\u017ftate.json", "a\x00"]
+)
 def test_a_manifest_that_names_other_files_is_refused(
     io: DirectoryCheckpointIO, saved: Path, name: str
 ) -> None:
     """K6: also when it is consistent in itself."""
     old = io.manifest(str(saved))
     files = {**old.files, name: old.files[STATE]}
-    new = Manifest(old.created, old.producer, old.contract, None, files, old.tensors)
+    new = replace(old, files=files)
     (saved / MANIFEST).write_bytes(new.text())
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         io.load(str(saved))
@@ -379,16 +383,23 @@ def test_tensors_other_than_the_manifest_says_are_refused(
 ) -> None:
     """K5: also when every hash is right."""
     old = io.manifest(str(saved))
-    facts = dict(old.tensors)
+    weight, bias = old.tensors["model/w"], old.tensors["model/b"]
+    renamed = replace(bias.shards[0], key="other")
     cases = (
-        {name: each for name, each in facts.items() if name != "model/w"},
-        {**facts, "model/w": facts["model/b"]},
-        {**facts, "other": facts["model/b"]},
+        {"model/b": bias},
+        {"model/b": bias, "model/w": replace(weight, dtype="int32")},
+        {"model/b": bias, "model/w": replace(weight, dtype="float64")},
+        {"model/b": bias, "model/w": replace(bias, shards=(renamed,))},
+        {**old.tensors, "other": replace(bias, shards=(renamed,))},
     )
     for tensors in cases:
-        new = Manifest(old.created, old.producer, old.contract, None, old.files, tensors)
+        new = replace(old, tensors=tensors)
         (saved / MANIFEST).write_bytes(new.text())
         with pytest.raises(CheckpointError, match=r"tensors\.safetensors"):
+            io.load(str(saved))
+    for tensors in ({**old.tensors, "other": bias}, {"model/w": replace(weight, shards=())}):
+        (saved / MANIFEST).write_bytes(replace(old, tensors=tensors).text())
+        with pytest.raises(CheckpointError, match=r"manifest\.json.*(same place|make up)"):
             io.load(str(saved))
 
 
@@ -437,7 +448,7 @@ def test_code_in_the_files_is_not_run(
     (saved / STATE).write_bytes(state)
     old = Manifest.parse((saved / MANIFEST).read_bytes(), str(saved))
     files = {**old.files, STATE: (len(state), durable.hash_file(str(saved / STATE)))}
-    new = Manifest(old.created, old.producer, old.contract, None, files, old.tensors)
+    new = replace(old, files=files)
     (saved / MANIFEST).write_bytes(new.text())
     with pytest.raises(CheckpointError, match=r"os\.system"):
         io.load(str(saved))

@@ -23,6 +23,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import torch
+from drivetrain_interfaces.checkpoint import Shard
 from drivetrain_interfaces.errors import CheckpointError, ConfigurationError
 
 #: The key that marks a mapping as an encoded value.
@@ -32,6 +33,8 @@ _LARGEST_JSON_INT: Final = 2**63
 
 # What the two directions work with: a value, and where it is in the tree.
 Encoder = Callable[[Any, str], Any]
+# Takes a tensor, or this process's part of one, and its place; returns the name to find it by.
+Keep = Callable[[Any, str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +95,7 @@ class Codecs:
             )
         self._add(Codec(name, kind, encode, decode))
 
-    def encode(self, value: Any, keep: Callable[[torch.Tensor, str], str]) -> Any:
+    def encode(self, value: Any, keep: Keep) -> Any:
         """A JSON value for ``value``.
 
         Args:
@@ -127,9 +130,7 @@ class Codecs:
 class _Encoding:
     """One tree on its way to JSON."""
 
-    def __init__(
-        self, codecs: Mapping[type, Codec], keep: Callable[[torch.Tensor, str], str]
-    ) -> None:
+    def __init__(self, codecs: Mapping[type, Codec], keep: Keep) -> None:
         self._codecs = codecs
         self._keep = keep
         self._above: set[int] = set()
@@ -142,7 +143,7 @@ class _Encoding:
             return value
         if kind is float and value - value == 0.0:  # finite: inf - inf and nan - nan are nan
             return value
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor) or kind is Shard:
             return {TAG: _TENSOR, "name": self._keep(value, where)}
         if id(value) in self._above:
             raise CheckpointError(
@@ -272,6 +273,9 @@ def _default_functions(kind: type) -> tuple[Callable[[Any], Any], Callable[[Any]
 
 
 def _restored(kind: type, values: Mapping[str, Any]) -> Any:
+    known = {item.name for item in fields(kind)}
+    if unknown := values.keys() - known:
+        raise ValueError(f"{kind.__name__} has no fields {sorted(unknown)}")
     settable = {item.name for item in fields(kind) if item.init}
     value = kind(**{name: each for name, each in values.items() if name in settable})
     for name in values.keys() - settable:
@@ -363,10 +367,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def dtype_named(name: str) -> torch.dtype:
     """``torch.float32`` for ``"float32"``. Raises ``ValueError`` for anything but a dtype."""
-    found = getattr(torch, name, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"{name!r} is not a dtype of torch {torch.__version__}")
-    return found
+    if name not in _DTYPES:
+        raise ValueError(f"{name[:40]!r} is not a dtype of torch {torch.__version__}")
+    return _DTYPES[name]
+
+
+# A table, because asking torch for a name that a file gives could import a module.
+_DTYPES: Final = {
+    dtype_name(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)
+}
 
 
 def _numpy_codec(kind: type) -> Codec | None:

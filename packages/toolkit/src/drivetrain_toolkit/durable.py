@@ -77,11 +77,24 @@ def make_directories(path: str) -> None:
     sync_directory(above)
 
 
-def hidden_sibling(path: str) -> str:
-    """A new hidden name beside ``path`` that says which process uses it."""
+def hidden_sibling(path: str, token: str = "") -> str:
+    """A new hidden name beside ``path`` that says which process uses it, and ends in a token."""
     folder, name = os.path.split(path)
-    token = secrets.token_hex(4)
+    token = token or secrets.token_hex(4)
     return os.path.join(folder, f"{_prefix(name)}{socket.gethostname()}.{os.getpid()}.{token}")
+
+
+def hidden_with_token(path: str, token: str) -> str | None:
+    """The hidden sibling that some process made with this token, if it is there."""
+    folder, name = os.path.split(path)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return None
+    for each in names:
+        if each.startswith(_prefix(name)) and each.endswith(f".{token}"):
+            return os.path.join(folder, each)
+    return None
 
 
 def replaced_name(path: str) -> str:

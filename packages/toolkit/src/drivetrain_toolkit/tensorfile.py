@@ -1,24 +1,24 @@
 """Tensors in a file of the safetensors format: a JSON header, then bytes. It cannot carry code.
 
-Written here rather than by the library, so that bytes go from the tensor to the disk without a
-copy of everything in between, are hashed on their way, and a full disk is an ``OSError`` with its
-number. Read by the library, whose checks of foreign headers are well tested.
+Written and read here rather than by the library, so that bytes go between the tensor and the disk
+without a copy of everything in between, are hashed on their way, and a full disk is an ``OSError``
+with its number. Every number of a header is checked before memory is allocated for it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import reprlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
-from drivetrain_interfaces.errors import CheckpointError
 
-from drivetrain_toolkit.codecs import dtype_name, dtype_named, place
+from drivetrain_toolkit.manifest import parse_json, volume
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 _NAMES: Final = {
     torch.float64: "F64",
@@ -32,70 +32,46 @@ _NAMES: Final = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_HEADER_ALIGNMENT: Final = 8
-_CHUNK: Final = 1 << 24
+#: Dtypes of files that others wrote, by the names of the format.
+DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()} | {
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+#: The format allows no longer header.
+LONGEST_HEADER: Final = 100_000_000
+_LENGTH: Final = 8
+_CHUNK: Final = 1 << 22
+
+
+class Readable(Protocol):
+    """What tensors are read from: a file, or an object of a store."""
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Fill a part of ``buffer``; returns how many bytes, 0 at the end."""
+        ...
+
+    def seek(self, offset: int, /) -> int:
+        """Go to a position."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFacts:
-    """What a file says about a tensor: the name of its dtype, and its shape."""
+class Slot:
+    """Where a tensor is in a file: its first and last byte, and how the file describes it."""
 
+    key: str
     dtype: str
     shape: tuple[int, ...]
+    begin: int
+    end: int
 
 
-class TensorShelf:
-    """Collects the tensors of a tree under unique names; tensors that are one are kept once."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._seen: dict[tuple[Any, ...], str] = {}
-        self._originals: list[torch.Tensor] = []
-
-    def keep(self, tensor: torch.Tensor, where: str) -> str:
-        """Stage a tensor on the host, contiguous and without its graph; returns its name.
-
-        Raises:
-            CheckpointError: It has no plain bytes: sparse, quantized, nested, meta, or a subclass.
-        """
-        refuse_what_has_no_bytes(tensor, where)
-        mark = _identity(tensor)
-        if mark in self._seen:
-            return self._seen[mark]
-        name, number = where, 1
-        while name in self.tensors or name == "__metadata__":
-            number += 1
-            name = f"{where}#{number}"
-        self.tensors[name] = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        self._seen[mark] = name
-        self._originals.append(tensor)  # alive, so that no address is used twice
-        return name
-
-    def facts(self) -> dict[str, TensorFacts]:
-        """What the manifest says about each tensor."""
-        return {
-            name: TensorFacts(dtype_name(each.dtype), tuple(each.shape))
-            for name, each in self.tensors.items()
-        }
-
-
-def refuse_what_has_no_bytes(tensor: torch.Tensor, where: str) -> None:
-    """Raises ``CheckpointError`` for a tensor that is more, or less, than an array of numbers."""
-    kind = type(tensor)
-    problem = ""
-    if kind not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        problem = f"a {kind.__module__}.{kind.__qualname__}"
-    elif tensor.layout != torch.strided or tensor.is_nested:
-        problem = f"a tensor of layout {tensor.layout}"
-    elif tensor.is_quantized:
-        problem = "a quantized tensor"
-    elif tensor.is_meta:
-        problem = "a meta tensor, without data"
-    if problem:
-        raise CheckpointError(
-            f"A checkpoint was to hold {place(where)}, which is {problem}.",
-            "Convert it to a plain dense tensor before saving.",
-        )
+class BadFileError(ValueError):
+    """Says in its text what is wrong with a file of tensors."""
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], write: Callable[[Any], None]) -> None:
@@ -111,83 +87,98 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], write: Callable[[Any], No
     offset = 0
     for name in order:
         tensor = tensors[name]
-        known = tensor.dtype in _NAMES
+        dtype, shape = stored_as(tensor.dtype, tuple(tensor.shape))
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _NAMES.get(tensor.dtype, "U8"),
-            "shape": list(tensor.shape) if known else [end - offset],
-            "data_offsets": [offset, end],
-        }
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % _HEADER_ALIGNMENT)
-    write(len(text).to_bytes(8, "little") + text)
+    text += b" " * (-len(text) % _LENGTH)
+    write(len(text).to_bytes(_LENGTH, "little") + text)
     for name in order:
-        _write_bytes(tensors[name], write)
+        for piece in pieces(tensors[name]):
+            write(piece)
 
 
-def _write_bytes(tensor: torch.Tensor, write: Callable[[Any], None]) -> None:
+def stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+    """How a file describes a tensor; as bytes, if the format does not know its dtype."""
+    if dtype in _NAMES:
+        return _NAMES[dtype], shape
+    return "U8", (volume(shape) * dtype.itemsize,)
+
+
+def pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """The memory of a contiguous tensor on the host, a few megabytes at a time."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return
     view = memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
     for start in range(0, size, _CHUNK):
-        write(view[start : start + _CHUNK])
+        yield view[start : start + _CHUNK]
 
 
-def read_tensors(path: str, facts: Mapping[str, TensorFacts]) -> dict[str, torch.Tensor]:
-    """The tensors of a file, on the host, each with memory of its own.
+def read_header(file: Readable, size: int, seen: Callable[[Any], None]) -> list[Slot]:
+    """Where a file's tensors are, in the order of their bytes. It is then read up to the first.
 
     Args:
-        path: A file that ``write_tensors`` filled.
-        facts: What the manifest says must be in it.
+        file: At its beginning.
+        size: Of the file, in bytes.
+        seen: Called with what is read, to hash it.
 
     Raises:
-        CheckpointError: The file is malformed, or holds other tensors.
+        BadFileError: The header is malformed, or its tensors overlap, leave gaps, leave the file or
+            have other sizes than their shapes say.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    length = int.from_bytes(_take(file, _LENGTH, seen), "little")
+    if length > min(size - _LENGTH, LONGEST_HEADER):
+        raise BadFileError(f"its header would have {length} bytes")
     try:
-        found = load_file(path, device="cpu")
-        # Copied: the library may map the file, and what is loaded must not change with the file.
-        tensors = {name: _as_saved(found.pop(name), facts[name]) for name in sorted(facts)}
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"The file {path!r} was to be read as tensors, and is not as its manifest says: "
-            f"{type(error).__name__}: {error}.",
-            "Use another checkpoint.",
-        ) from error
-    if found:
-        raise CheckpointError(
-            f"The file {path!r} holds tensors that its manifest does not name: {sorted(found)}.",
-            "Use another checkpoint.",
-        )
-    return tensors
+        header = parse_json(_take(file, length, seen))
+        header.pop("__metadata__", None)
+        slots = [_slot(key, entry) for key, entry in header.items()]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, BadFileError) else type(error).__name__
+        raise BadFileError(f"its header is not readable ({reason})") from error
+    slots.sort(key=lambda slot: (slot.begin, slot.end))
+    position = 0
+    for slot in slots:
+        if slot.begin != position:
+            raise BadFileError(f"{reprlib.repr(slot.key)} does not begin where the one before ends")
+        position = slot.end
+    if position != size - _LENGTH - length:
+        raise BadFileError(f"its tensors take {position} bytes of {size - _LENGTH - length}")
+    return slots
 
 
-def _as_saved(tensor: torch.Tensor, facts: TensorFacts) -> torch.Tensor:
-    dtype = dtype_named(facts.dtype)
-    if dtype not in _NAMES:
-        tensor = tensor.clone().view(dtype).reshape(facts.shape)
-    if tensor.dtype != dtype or tuple(tensor.shape) != facts.shape:
-        raise ValueError(
-            f"a tensor is {dtype_name(tensor.dtype)} {tuple(tensor.shape)}, "
-            f"not {facts.dtype} {facts.shape}"
-        )
-    return tensor.clone()
+def fill(file: Readable, buffer: memoryview, seen: Callable[[Any], None] | None = None) -> None:
+    """Read until ``buffer`` is full. Raises ``BadFileError`` if the file ends before."""
+    rest = buffer
+    while rest:
+        count = file.readinto(rest)
+        if not count:
+            raise BadFileError(f"it ends {len(rest)} bytes too early")
+        rest = rest[count:]
+    if seen is not None:
+        seen(buffer)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for tensors that are the same numbers at the same place, such as tied weights."""
-    if tensor.numel() == 0:
-        return (id(tensor),)
-    return (
-        tensor.device,
-        tensor.data_ptr(),
-        tensor.dtype,
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
+def _take(file: Readable, size: int, seen: Callable[[Any], None]) -> bytes:
+    buffer = bytearray(size)
+    fill(file, memoryview(buffer), seen)
+    return bytes(buffer)
+
+
+def _slot(key: str, entry: dict[str, Any]) -> Slot:
+    shape = tuple(_count(each) for each in entry["shape"])
+    begin, end = (_count(each) for each in entry["data_offsets"])
+    dtype = entry["dtype"]
+    if dtype not in DTYPES:
+        raise BadFileError(f"{reprlib.repr(dtype)} is no dtype")
+    if end - begin != volume(shape) * DTYPES[dtype].itemsize:
+        raise BadFileError(f"{reprlib.repr(key)} has {end - begin} bytes for its shape {shape}")
+    return Slot(key, dtype, shape, begin, end)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise BadFileError(f"{reprlib.repr(value)} is not a count")
+    return value

@@ -1,0 +1,127 @@
+"""From a tree to the files of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Final
+
+from drivetrain_interfaces.contract import CONTRACT
+from drivetrain_interfaces.errors import CheckpointError
+
+from drivetrain_toolkit.codecs import dtype_name, place
+from drivetrain_toolkit.manifest import (
+    STATE,
+    Manifest,
+    ShardEntry,
+    TensorFacts,
+    tiling_problem,
+)
+from drivetrain_toolkit.staging import TensorShelf
+from drivetrain_toolkit.tensorfile import write_tensors
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from drivetrain_toolkit.codecs import Codecs
+    from drivetrain_toolkit.stores import Draft
+
+TENSORS: Final = "tensors.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """A tree that nobody changes any more.
+
+    Attributes:
+        state: As JSON values, with names in place of tensors.
+        shelf: The tensors.
+    """
+
+    state: Any
+    shelf: TensorShelf
+
+    def text(self) -> bytes:
+        """The file with the tree."""
+        return state_text(self.state)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a manifest says about its writer."""
+
+    producer: str
+    world_size: int | None
+    id: str
+
+
+def stage(tree: Mapping[str, Any], codecs: Codecs, *, copy: bool = False) -> Staged:
+    """Encode a tree, with its tensors on the host; copies of them if they are going to change.
+
+    Raises:
+        CheckpointError: A value has no codec or a tensor no bytes; says where.
+    """
+    shelf = TensorShelf(copy=copy)
+    state = codecs.encode(tree, shelf.keep)
+    shelf.forget_originals()
+    return Staged(state, shelf)
+
+
+def state_text(state: Any) -> bytes:
+    """The bytes of the file with the tree."""
+    return json.dumps(state, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def write_alone(draft: Draft, staged: Staged, origin: Origin) -> None:
+    """Write all of it from one process, and publish it.
+
+    Raises:
+        CheckpointError: A shard is not the whole of its tensor.
+    """
+    file, state = draft.name(TENSORS), draft.name(STATE)
+    tensors = dict(staged.shelf.tensors)
+    facts = {name: whole(each, file, name) for name, each in tensors.items()}
+    for name, shard in staged.shelf.shards.items():
+        if tiling_problem(shard.shape, [(shard.start, tuple(shard.data.shape))]):
+            raise CheckpointError(
+                f"A checkpoint was to be saved by one process, and {place(name)} is only a part "
+                f"of shape {tuple(shard.data.shape)} of a tensor of {shard.shape}.",
+                "Save it in all processes, with save_sharded.",
+            )
+        tensors[name] = shard.data
+        facts[name] = whole(shard.data, file, name)
+    text = staged.text()
+    files = {
+        file: draft.write(file, lambda write: write_tensors(tensors, write)),
+        state: draft.write(state, lambda write: write(text)),
+    }
+    draft.publish(manifest_for(origin, files, facts, state).text())
+
+
+def whole(tensor: torch.Tensor, file: str, key: str) -> TensorFacts:
+    """What the manifest says of a tensor that is in one piece."""
+    shape = tuple(tensor.shape)
+    shard = ShardEntry(file, key, (0,) * len(shape), shape)
+    return TensorFacts(dtype_name(tensor.dtype), shape, (shard,))
+
+
+def manifest_for(
+    origin: Origin,
+    files: Mapping[str, tuple[int, str]],
+    tensors: Mapping[str, TensorFacts],
+    state: str,
+) -> Manifest:
+    """The manifest of what has just been written."""
+    return Manifest(
+        created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+        producer=origin.producer,
+        contract=str(CONTRACT),
+        world_size=origin.world_size,
+        files=files,
+        tensors=tensors,
+        state=state,
+        id=origin.id,
+    )
