@@ -328,16 +328,6 @@ def benchmarks(session: nox.Session) -> None:
 
 
 @nox.session(venv_backend="none", default=False)
-def apart(session: nox.Session) -> None:
-    """Run the tests that need a process of their own: those of the simulated accelerator."""
-    python = shared_python(session)
-    for name in TOGETHER:
-        pattern = PROJECTS[name]["tool"]["drivetrain"].get("apart")
-        for path in sorted((FOLDER / name / "tests").glob(pattern)) if pattern else ():
-            session.run(python, "-m", "pytest", str(path), *session.posargs, external=True)
-
-
-@nox.session(venv_backend="none", default=False)
 def kills(session: nox.Session) -> None:
     """Kill -9 a run at 200 points and resume it each time: ``nox -s kills -- --kills 1000``."""
     script = "tests-integration/scripts/kills.py"
