@@ -333,3 +333,16 @@ def kills(session: nox.Session) -> None:
     script = "tests-integration/scripts/kills.py"
     options = session.posargs or ["--kills", "200"]
     session.run(shared_python(session), script, *options, external=True)
+
+
+@nox.session(venv_backend="none", default=False)
+def signals(session: nox.Session) -> None:
+    """Stop runs on two ranks at random moments and resume them: ``nox -s signals -- 100``."""
+    folder = session.create_tmp()
+    shutil.rmtree(Path(folder) / "runs", ignore_errors=True)
+    runs = session.posargs[0] if session.posargs else "100"
+    session.run(
+        shared_python(session), "tests-integration/scripts/stop_anywhere.py",
+        str(Path(folder).resolve() / "runs"), runs, "fork", "fork", "script",
+        env={"OMP_NUM_THREADS": "1"}, external=True,
+    )  # fmt: skip

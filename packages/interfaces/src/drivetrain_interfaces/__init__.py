@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.checkpoint import TensorEntry as TensorEntry
     from drivetrain_interfaces.cluster import ClusterEnvironment as ClusterEnvironment
     from drivetrain_interfaces.cluster import DescribesMachines as DescribesMachines
+    from drivetrain_interfaces.cluster import JobManager as JobManager
     from drivetrain_interfaces.cluster import Machines as Machines
     from drivetrain_interfaces.cluster import Remarks as Remarks
     from drivetrain_interfaces.cluster import StatesPriority as StatesPriority
@@ -114,6 +115,7 @@ _NAMES = {
     "cluster": (
         "ClusterEnvironment",
         "DescribesMachines",
+        "JobManager",
         "Machines",
         "Remarks",
         "StatesPriority",

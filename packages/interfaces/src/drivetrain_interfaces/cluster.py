@@ -149,3 +149,25 @@ class Remarks(Protocol):
 def priority_of(environment: object) -> int:
     """The priority of an environment, ``USUAL_PRIORITY`` where it states none."""
     return environment.priority if isinstance(environment, StatesPriority) else USUAL_PRIORITY
+
+
+@runtime_checkable
+class JobManager(Protocol):
+    """Whoever owns the job that this process belongs to, and can be asked to run it again.
+
+    Not the same as the environment that numbers the ranks: torchrun does that inside a batch job,
+    and the job is still its scheduler's.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name users and records call it by, such as ``"slurm"``."""
+        ...
+
+    def detect(self, env: Mapping[str, str]) -> tuple[str, ...]:
+        """The evidence that this process belongs to a job of it; empty when there is none."""
+        ...
+
+    def requeue(self, env: Mapping[str, str]) -> tuple[str, ...]:
+        """The command that makes this very job run again. Runs nothing."""
+        ...

@@ -26,6 +26,7 @@ BACKENDS = "drivetrain.backends"
 STRATEGIES = "drivetrain.strategies"
 ENVIRONMENTS = "drivetrain.environments"
 LAUNCHERS = "drivetrain.launchers"
+MANAGERS = "drivetrain.managers"
 
 T = TypeVar("T")
 Spec = TypeVar("Spec", BackendSpec, StrategySpec)

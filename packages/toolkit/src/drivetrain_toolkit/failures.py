@@ -31,8 +31,15 @@ if TYPE_CHECKING:
 #: Path of the run directory, in every process that a launcher of this package started.
 DIRECTORY: Final = "DRIVETRAIN_FAILURES"
 
-#: Exit codes of a process that stopped because it was asked to: 128 + SIGINT, 128 + SIGTERM.
-STOP_CODES: Final = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+#: Signals that ask a run to stop. The first two end a process that does not handle them, and mean
+#: the same then; the others only where the run's own policy says so.
+STOP_SIGNALS: Final = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+)
+#: Exit codes of a process that stopped because it was asked to: 128 + signal.
+STOP_CODES: Final[tuple[int, ...]] = tuple(128 + number for number in STOP_SIGNALS)
 
 # Sorted by what they say about the cause. A rank that lost its peers reports a broken collective,
 # often before the peer that broke it has finished its own clean-up and reported the reason.

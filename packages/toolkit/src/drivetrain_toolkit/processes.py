@@ -121,6 +121,9 @@ class Supervisor:
         self.expected = 0
         #: Whether all were asked to stop, so that an end by a stop signal is no news.
         self.stopping = False
+        #: The signal that ended a child which could not say that it stops, or 0. It was meant for
+        #: the run: a person or manager stops one process and means all of them.
+        self.stopped_by = 0
         self.problems: dict[int, Failure] = {}
         self._ending_since: float | None = None
         self._states: dict[int, RankState] = {}
@@ -159,6 +162,8 @@ class Supervisor:
             if problem is not None and child.rank not in self.problems:
                 self.problems[child.rank] = problem
                 self.end()
+        if self.stopping and len(self.live) < len(self.children):
+            self.end(later=STOP)  # one has stopped; the others are about to
         self._advance()
 
     def end(self, *, later: float = 0.0) -> None:
@@ -198,10 +203,12 @@ class Supervisor:
         if child.code == 0 and finished:
             return None
         if child.code in _ENDED_BY_REQUEST:
-            # Asked to stop: the others are stopping as well, if only in a moment.
-            settled = self.stopping or (finished and state.stopped)
-            if settled or time.monotonic() - child.ended_at < GRACE:
-                return None
+            # Asked to stop. After its part of the run that is no news; the others stop as well, if
+            # only in a moment.
+            if not self.stopping and not finished and not self.stopped_by:
+                self.stopped_by = -child.code if child.code < 0 else child.code - 128
+                self.end()
+            return None
         return Failure.of_exit(child.rank, child.code, before_main=not finished)
 
     def _advance(self) -> None:

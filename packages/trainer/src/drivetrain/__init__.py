@@ -15,16 +15,18 @@ if TYPE_CHECKING:
     from drivetrain.module import Module as Module
     from drivetrain.runtime import Runtime as Runtime
     from drivetrain.seeding import seed_everything as seed_everything
-    from drivetrain.stopping import Interrupted as Interrupted
+    from drivetrain.signals import Interrupted as Interrupted
+    from drivetrain.signals import SignalPolicy as SignalPolicy
     from drivetrain.trainer import Trainer as Trainer
 
 _HOME = {
     "Callback": "callbacks.base",
     "DataModule": "datamodule",
     "FunctionalModule": "module",
-    "Interrupted": "stopping",
+    "Interrupted": "signals",
     "Module": "module",
     "Runtime": "runtime",
+    "SignalPolicy": "signals",
     "Trainer": "trainer",
     "seed_everything": "seeding",
 }

@@ -70,10 +70,15 @@ def evaluate(
         with _evaluating(run.module), run.step:
             hooks.call(f"on_{kind}_start")
             hooks.call(f"on_{kind}_epoch_start")
+            if run.stop is not None:
+                run.stop.begin_evaluation()
             for number in range(len(run.feeds)):
                 _one_loader(run, number, metrics, most)
                 if run.cut_short:
                     return {}
+            if run.stop is not None and not run.stop.end_batches():
+                run.cut_short = True
+                return {}
             metrics.suffix = ""
             # Before the epoch-end hooks, so that they can read what the steps logged.
             found = _publish(run, metrics, quietly=quietly)
@@ -97,7 +102,7 @@ def _one_loader(run: Evaluation, number: int, metrics: Metrics, most: int | None
     stream: Iterator[Any] = islice(run.feeds[number].open(run.trainer.current_epoch), limit)
     kept = run.outputs[number]
     for index, batch in enumerate(stream):
-        if run.stop is not None and run.stop.ends_evaluation:
+        if run.stop is not None and not run.stop.begin_batch():
             run.cut_short = True
             return
         metrics.batch = batch

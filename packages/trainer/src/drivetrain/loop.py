@@ -11,6 +11,7 @@ from drivetrain_interfaces import DataError, ManualStep, UserCodeError
 
 from drivetrain.callbacks.base import Moment
 from drivetrain.evaluate import evaluate
+from drivetrain.signals import SignalAction
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -111,7 +112,10 @@ def fit(run: FitRun) -> None:
         _epoch(run)
     run.losses.check(run.progress.epoch, run.progress.attempts)
     # Before on_train_end, so that the file holds exactly the state that training ended with.
-    _offer_save(run, Moment.INTERRUPTED if run.stopped else Moment.END)
+    if not run.stopped:
+        _offer_save(run, Moment.END)
+    elif run.stop.action is not SignalAction.STOP:
+        _offer_save(run, Moment.INTERRUPTED)
     run.hooks.call("on_train_end")
 
 

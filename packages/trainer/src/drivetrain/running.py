@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import resuming
 from drivetrain.session import Session, determinism
+from drivetrain.signals import SignalAction, SignalWatch
 
 if TYPE_CHECKING:
     from drivetrain_interfaces import World
@@ -68,14 +70,28 @@ _TRAVELS = ("callback_metrics", "logged_metrics", "progress_bar_metrics", "shoul
 
 
 def work(runtime: Runtime, trainer: Trainer, job: Job) -> Outcome:
-    """One run in one process."""
+    """One run in one process, with its signal handlers around all of it."""
+    trainer.interrupted = trainer.stop_action = None
+    with SignalWatch(trainer.signals) as signals:
+        outcome = _work(runtime, trainer, job, signals)
+    if signals.number and trainer.interrupted is None:
+        # It came after the last boundary: the run is complete, and the process ends after it.
+        trainer.interrupted = Signals(signals.number)
+        trainer.stop_action = SignalAction.STOP
+    if not runtime.in_place:
+        outcome.trainer["interrupted"] = trainer.interrupted
+        outcome.trainer["stop_action"] = trainer.stop_action
+    return outcome
+
+
+def _work(runtime: Runtime, trainer: Trainer, job: Job, signals: SignalWatch) -> Outcome:
     outcome = Outcome()
     module, stack = job.module, runtime.stack
-    trainer.runtime, trainer.module, trainer.interrupted = runtime, module, None
+    trainer.runtime, trainer.module = runtime, module
     trainer.should_stop = False
     trainer.limits = {}
     module.__dict__["_trainer"] = trainer
-    session = Session(trainer, runtime, module, job.datamodule, job.stage)
+    session = Session(trainer, runtime, module, job.datamodule, job.stage, signals)
     status = "failed"
     if stack.world.is_main:
         for notice in runtime.plan.notices:
@@ -116,7 +132,6 @@ def _pack(outcome: Outcome, trainer: Trainer, runtime: Runtime) -> None:
     outcome.weights = {name: value.cpu() for name, value in state.module.items()}
     outcome.callbacks = [each.state_dict() for each in trainer.callbacks]
     outcome.trainer = {name: getattr(trainer, name) for name in _TRAVELS}
-    outcome.trainer["interrupted"] = trainer.interrupted
     outcome.trainer["fitted"] = _fitted(trainer)
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from drivetrain.runtime import Runtime, Stack
+    from drivetrain.signals import SignalWatch
     from drivetrain.trainer import Trainer
 
 log = logging.getLogger("drivetrain")
@@ -65,8 +66,10 @@ class Session:
         module: Module,
         datamodule: DataModule | None,
         stage: str,
+        signals: SignalWatch,
     ) -> None:
         self.trainer = trainer
+        self.signals = signals
         self.module = module
         self.datamodule = datamodule
         self.stage = stage
@@ -164,7 +167,7 @@ class Session:
             fit(run)
             # Rank 0 may hold the store that the other ranks' stop threads still look at.
             self.stack.collectives.barrier()
-        self.trainer.interrupted = stop.signal
+        self._stopped_by(stop)
         self.hooks.call("on_fit_end")
 
     def _training_step(self, placed: Any, metrics: Metrics) -> tuple[Any, Any]:
@@ -268,7 +271,14 @@ class Session:
             channel = collectives.side_channel()
         # Entries stay in the store, and another Trainer of this script may have used any number.
         name = collectives.broadcast_object(uuid4().hex)
-        return StopRequest(self.stack.world, channel, f"fit-{name}")
+        stop = StopRequest(self.stack.world, channel, f"run-{name}", self.signals.policy)
+        self.signals.listen(stop.ask)
+        return stop
+
+    def _stopped_by(self, stop: StopRequest) -> None:
+        """Keep what the ranks agreed on. What comes from now on is for whoever called."""
+        self.trainer.interrupted = stop.signal
+        self.trainer.stop_action = stop.action if stop.signal else None
 
     # Evaluation
     def evaluate(
@@ -280,9 +290,14 @@ class Session:
             snapshot.restore_module(
                 self.module, self.stack, tree, strict=self.module.strict_loading
             )
-        run = self._evaluation(self.stage, placed, loaders, required=True, stop=None)
+        stop = self._stop_request()
+        run = self._evaluation(self.stage, placed, loaders, required=True, stop=stop)
         assert run is not None
-        found = evaluate(run)
+        with stop:
+            found = evaluate(run)
+            # Rank 0 may hold the store that the other ranks' stop threads still look at.
+            self.stack.collectives.barrier()
+        self._stopped_by(stop)
         return found, run.outputs
 
     def _evaluation(

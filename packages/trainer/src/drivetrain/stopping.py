@@ -1,10 +1,11 @@
-"""Stopping on a signal: handlers set a flag, the loop acts at a step boundary, ranks agree.
+"""Stopping early: the loop acts at a boundary, and all ranks take the same one.
 
 A signal may reach one rank only, and ranks that stop at different steps leave each other waiting in
 a collective. Asking every step would cost a host synchronization. So a thread looks a few times a
-second at a side channel. When a stop is asked for there, each rank freezes: it publishes how many
-windows it has begun, waits at its next boundary until all have published, and all go on to the
-largest of these numbers. A rank that is busy in a collective has its thread publish for it.
+second at a side channel. When a stop is asked for there, each rank freezes: it publishes which
+window or batch of an evaluation it has begun, waits at its next boundary until all have published,
+and all go on to the furthest of these places. A rank that is busy in a collective has its thread
+publish for it.
 """
 
 from __future__ import annotations
@@ -12,68 +13,66 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from drivetrain_interfaces import ProcessFailedError
 
-if TYPE_CHECKING:
-    from types import FrameType
+from drivetrain.signals import Interrupted, SignalAction, SignalPolicy
 
+if TYPE_CHECKING:
     from drivetrain_interfaces import SideChannel, World
     from typing_extensions import Self
+
+__all__ = ["Interrupted", "StopRequest"]
 
 #: How often the side channel is looked at, in seconds; bounds how late ranks learn of a stop.
 POLL_SECONDS = 0.25
 #: How long a rank waits at a boundary for the others to say where they are, in seconds.
 AGREE_SECONDS = 120.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-
-class Interrupted(SystemExit):
-    """A run that a signal ended cleanly at a step boundary. Its exit code is 128 + signal."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.signal = signal.Signals(number)
-
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int]]:
-        return type(self), (int(self.signal),)
+# A place is one number that grows: the window, in it the evaluation, and in that the batch. The
+# last batch of an evaluation may be another one on each rank, so its end has a number of its own.
+_WINDOW, _EVALUATION = 48, 40
+_END = (1 << _EVALUATION) - 1
 
 
 class StopRequest:
-    """Whether and where this run stops before its limit. One object per ``fit``.
+    """Whether and where this run stops before its limit. One object per run.
 
     Attributes:
-        requested: True once there is a reason to look closer; the loop checks it before a window.
-        signal: The signal that asked, or None.
+        requested: True once there is a reason to look closer; the loop checks it at a boundary.
+        signal: The signal that asked, or None. The same on all ranks once they have agreed.
     """
 
-    def __init__(self, world: World, channel: SideChannel | None, run: str) -> None:
+    def __init__(
+        self,
+        world: World,
+        channel: SideChannel | None,
+        run: str,
+        policy: SignalPolicy | None = None,
+    ) -> None:
         self.requested = False
         self.signal: signal.Signals | None = None
+        self._policy = policy or SignalPolicy()
         self._world = world
         self._channel = channel
         self._run = run
-        self._begun = 0
+        self._place = 0
+        self._evaluation = 0
         self._said = False
         self._asked: int | None = None
         self._target: int | None = None
         self._done = threading.Event()
         self._agreed = threading.Event()
-        self._before: dict[signal.Signals, Any] = {}
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {each: signal.signal(each, self._on_signal) for each in _SIGNALS}
         if self._channel is not None:
             self._thread = threading.Thread(target=self._watch, name="drivetrain-stop", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
         self._done.set()
         if self._thread is not None:
             self._thread.join()
@@ -84,33 +83,21 @@ class StopRequest:
                 self._publish(self._channel)
             self._channel.close()
 
-    def _publish(self, channel: SideChannel) -> None:
-        """Say where this rank is, once: a number that changed would be read by some ranks only."""
-        if self._said:
-            return
-        self._said = True
-        channel.post(f"{self._run}/begun/{self._world.rank}", str(self._begun).encode())
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            # A second Ctrl-C means now: the person does not want to wait for the boundary.
-            raise KeyboardInterrupt
-        self.signal = signal.Signals(number)
-        self.ask(number)
+    @property
+    def action(self) -> SignalAction:
+        """What the stop means; for one without a signal, to save."""
+        return self._policy.action(self.signal or 0)
 
     def ask(self, number: int = 0) -> None:
         """Ask all ranks to stop at one boundary. Safe in a signal handler: it sets attributes."""
         self._asked = number
         if self._channel is None:
+            self.signal = signal.Signals(number) if number else None
             self.requested = True
 
-    @property
-    def ends_evaluation(self) -> bool:
-        """Whether an evaluation may end at the next batch: only where no other rank waits."""
-        return self.requested and self._channel is None
-
-    def stops_before(self, window: int) -> bool:
-        """Whether the run ends before this window. Called at a boundary, when ``requested``.
+    # Boundaries
+    def begin(self, window: int) -> bool:
+        """Whether the run may begin this window. Called before each one.
 
         Args:
             window: The number of windows begun, this one included.
@@ -118,6 +105,29 @@ class StopRequest:
         Raises:
             ProcessFailedError: Other ranks did not say where they are in time.
         """
+        # First tell, then look: the thread does it the other way round, so none slips through.
+        self._place = self._evaluation = window << _WINDOW
+        return not (self.requested and self._stops_here())
+
+    def begin_evaluation(self) -> None:
+        """An evaluation begins. All ranks begin the same ones between the same windows."""
+        self._evaluation += 1 << _EVALUATION
+        self._place = self._evaluation
+
+    def begin_batch(self) -> bool:
+        """Whether the evaluation may begin its next batch. Raises as ``begin``."""
+        self._place += 1
+        return not (self.requested and self._stops_here())
+
+    def end_batches(self) -> bool:
+        """Whether the evaluation may end as usual, with what all ranks do together at its end.
+
+        Raises as ``begin``.
+        """
+        self._place = self._evaluation | _END
+        return not (self.requested and self._stops_here())
+
+    def _stops_here(self) -> bool:
         if self._channel is None:
             return True
         if not self._agreed.wait(AGREE_SECONDS):
@@ -126,13 +136,16 @@ class StopRequest:
                 f"all of the {self._world.size} ranks had said where they are.",
                 "Look at the output of the other ranks; one of them hangs or has ended.",
             )
-        return self._target is not None and window > self._target
+        return self._target is not None and self._place > self._target
 
-    def begin(self, window: int) -> bool:
-        """Whether the run may begin this window. Called before each one."""
-        # First publish, then look: the thread does it the other way round, so none slips through.
-        self._begun = window
-        return not (self.requested and self.stops_before(window))
+    # The side channel
+    def _publish(self, channel: SideChannel) -> None:
+        """Say where this rank is, once: a number that changed would be read by some ranks only."""
+        if self._said:
+            return
+        self._said = True
+        asked = self._asked or 0
+        channel.post(f"{self._run}/begun/{self._world.rank}", f"{self._place} {asked}".encode())
 
     def _watch(self) -> None:
         channel = self._channel
@@ -141,29 +154,29 @@ class StopRequest:
         while not self._done.is_set():
             if self._asked is not None and not told:
                 told = True
-                channel.post(f"{self._run}/stop", str(self._asked).encode())
-            asked = channel.peek(f"{self._run}/stop")
-            if asked is not None:
-                self._agree(channel, int(asked))
+                channel.post(f"{self._run}/stop", b"1")
+            if channel.peek(f"{self._run}/stop") is not None:
+                self._agree(channel)
                 return
             self._done.wait(POLL_SECONDS)
 
-    def _agree(self, channel: SideChannel, asked: int) -> None:
-        if asked and self.signal is None:
-            self.signal = signal.Signals(asked)
+    def _agree(self, channel: SideChannel) -> None:
         self.requested = True
         self._publish(channel)
-        begun: dict[int, int] = {}
+        said: dict[int, tuple[int, int]] = {}
         deadline = time.monotonic() + AGREE_SECONDS
-        while len(begun) < self._world.size and time.monotonic() < deadline:
-            for rank in set(range(self._world.size)) - set(begun):
-                said = channel.peek(f"{self._run}/begun/{rank}")
-                if said is not None:
-                    begun[rank] = int(said)
+        while len(said) < self._world.size and time.monotonic() < deadline:
+            for rank in set(range(self._world.size)) - set(said):
+                found = channel.peek(f"{self._run}/begun/{rank}")
+                if found is not None:
+                    place, asked = map(int, found.split())
+                    said[rank] = place, asked
             if self._done.is_set():
                 return
-            if len(begun) < self._world.size:
+            if len(said) < self._world.size:
                 self._done.wait(POLL_SECONDS / 10)
-        if len(begun) == self._world.size:
-            self._target = max(begun.values())
+        if len(said) == self._world.size:
+            number = self._policy.strongest({asked for _, asked in said.values()})
+            self.signal = signal.Signals(number) if number else None
+            self._target = max(place for place, _ in said.values())
             self._agreed.set()

@@ -25,7 +25,14 @@ from drivetrain.resolve import check_wants
 from drivetrain.running import Fitted, Job, Outcome, work
 from drivetrain.runtime import Runtime
 from drivetrain.settings import Settings
-from drivetrain.stopping import Interrupted
+from drivetrain.signals import (
+    Interrupted,
+    SignalAction,
+    check_saves,
+    expect_the_end,
+    policy_of,
+    requeue,
+)
 
 if TYPE_CHECKING:
     import signal
@@ -86,6 +93,8 @@ class Trainer:
         default_root_dir: Where files go. Without it nothing is written unless asked for.
         nan_loss: What a loss that is not finite does: ``"raise"``, ``"warn"`` or ``"ignore"``.
         cluster_environment: The cluster to read ranks from, ``"none"``, or ``"auto"``.
+        signals: What signals do: a ``SignalPolicy``, actions by name of the signal, or ``"stop"``,
+            ``"save"`` or ``"ignore"`` for SIGINT and SIGTERM. None stops and saves.
         gpus: Short form of ``devices`` on the best accelerator that is not the host.
 
     Raises:
@@ -129,6 +138,7 @@ class Trainer:
         default_root_dir: str | os.PathLike[str] | None = None,
         nan_loss: str = "raise",
         cluster_environment: Any = "auto",
+        signals: Any = None,
         gpus: Any = None,
     ) -> None:
         problems: list[DrivetrainError] = []
@@ -172,9 +182,10 @@ class Trainer:
             sync_batchnorm=sync_batchnorm,
             wants=wants,
         )
-        if settings is None or runtime is None:
+        policy = _attempt(problems, policy_of, given=signals, env=os.environ)
+        if settings is None or runtime is None or policy is None:
             raise _together(problems)
-        self.settings, self.runtime = settings, runtime
+        self.settings, self.runtime, self.signals = settings, runtime, policy
         self.deterministic = deterministic
         self.default_root_dir = os.fspath(default_root_dir) if default_root_dir else os.getcwd()
         writes = default_root_dir is not None
@@ -198,6 +209,7 @@ class Trainer:
         self.should_stop = False
         self.sanity_checking = False
         self.interrupted: signal.Signals | None = None
+        self.stop_action: SignalAction | None = None
         self.runs = 0
         self.limits: dict[str, list[int | None]] = {}
         self.metrics: Metrics | None = None
@@ -232,10 +244,7 @@ class Trainer:
             train_dataloaders, datamodule = None, train_dataloaders
         loaders = {"fit": train_dataloaders, "validate": val_dataloaders}
         self._launch("fit", module, datamodule, loaders, ckpt_path)
-        if self.interrupted is not None:
-            if not self._interactive:
-                raise Interrupted(self.interrupted)
-            log.warning("Training stopped at a step boundary on %s.", self.interrupted.name)
+        self._end_if_interrupted()
 
     def validate(
         self,
@@ -454,6 +463,7 @@ class Trainer:
         self.callbacks = [*self._own_callbacks, *module.configure_callbacks()]
         if stage == "fit":
             check_wants(self.plan, self._wants_of(module))
+            check_saves(self.signals, self.callbacks)
         self.runs += 1
         path = self._checkpoint_path(ckpt_path)
         job = Job(stage, module, datamodule, loaders, path)
@@ -467,7 +477,22 @@ class Trainer:
     ) -> Outcome:
         if isinstance(dataloaders, DataModule):
             dataloaders, datamodule = None, dataloaders
-        return self._launch(stage, module, datamodule, {stage: dataloaders}, ckpt_path)
+        outcome = self._launch(stage, module, datamodule, {stage: dataloaders}, ckpt_path)
+        self._end_if_interrupted()
+        return outcome
+
+    def _end_if_interrupted(self) -> None:
+        """End this process as its signal asks; at a prompt say so and go on."""
+        if self.interrupted is None:
+            return
+        if self.stop_action is SignalAction.REQUEUE:
+            if not self._interactive:
+                expect_the_end()
+            if self.is_global_zero:
+                requeue(self.signals, os.environ)
+        if not self._interactive:
+            raise Interrupted(self.interrupted)
+        log.warning("The run stopped at a step boundary on %s.", self.interrupted.name)
 
     def _wants_of(self, module: Module) -> tuple[Want, ...]:
         found = Hooks(self, module, self.callbacks).step_hooks()

@@ -17,6 +17,7 @@ from drivetrain_interfaces.errors import ClusterError
 from drivetrain_toolkit.failures import (
     DIRECTORY,
     STOP_CODES,
+    STOP_SIGNALS,
     RunDirectory,
     is_stop,
     process_failed,
@@ -25,7 +26,7 @@ from drivetrain_toolkit.failures import (
 from drivetrain_toolkit.launchers import plans
 from drivetrain_toolkit.launchers.pickles import pickled, pickled_result, unpickled
 from drivetrain_toolkit.launchers.ranks import follow_launcher
-from drivetrain_toolkit.processes import GRACE, PARENT, REPORTS, STOP, Child, Supervisor
+from drivetrain_toolkit.processes import GRACE, PARENT, REPORTS, Child, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from drivetrain_toolkit.processes import PortReservation
+
+
+_ALWAYS_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 class _ChildrenLauncher:
@@ -237,16 +241,17 @@ class _Family:
             self._answer = pipe.recv()
 
     def _pass_on(self) -> None:
-        """Send a signal that came here to every rank; a second one ends them without patience."""
-        number = self._signals[-1]
-        if self._sent:
-            self._supervisor.end(later=-GRACE)
-            return
-        self._sent = number
-        self._supervisor.stopping = True
-        for child in self._children:
-            child.send(number, ours=False)
-        self._supervisor.end(later=STOP)
+        """Send signals that came here to every rank; a second Ctrl-C ends them without patience."""
+        while self._signals:
+            number = self._signals.pop(0)
+            if number == signal.SIGINT == self._sent:
+                self._supervisor.end(later=-GRACE)
+                return
+            if number in _ALWAYS_STOP:
+                self._sent = self._sent or number
+                self._supervisor.stopping = True
+            for child in self._children:
+                child.send(number, ours=False)
 
     def _end(self) -> None:
         """Leave nothing behind, however the launch ended."""
@@ -269,14 +274,20 @@ class _Family:
         """The result of rank 0; where it has none, the run was stopped."""
         if isinstance(self._answer, bytes):
             return unpickled(self._answer, "The result of rank 0")
-        code = self._answer or 128 + (self._sent or signal.SIGTERM)
+        number = self._sent or self._supervisor.stopped_by or signal.SIGTERM
+        if isinstance(self._answer, int) and self._answer:
+            number = self._answer - 128
+        code = 128 + number
         if code == 128 + signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(code)
 
 
 class _Signals:
-    """Collects SIGINT and SIGTERM while it is entered, and wakes the watching loop.
+    """Collects signals for the ranks while it is entered, and wakes the watching loop.
+
+    Signals other than SIGINT and SIGTERM are collected where nobody else handles them: the policy
+    of the run, in the ranks, says what they mean.
 
     In a thread other than the main one Python allows no handlers; then signals do what they did.
     """
@@ -288,8 +299,9 @@ class _Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.previous[number] = signal.signal(number, self._note)
+            for number in STOP_SIGNALS:
+                if number in _ALWAYS_STOP or signal.getsignal(number) is signal.SIG_DFL:
+                    self.previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,14 @@ from drivetrain_interfaces.errors import ClusterError
 from drivetrain_interfaces.launcher import LaunchPlan
 
 from drivetrain_toolkit.environments import LAUNCHED
-from drivetrain_toolkit.failures import DIRECTORY, Failure, RunDirectory, is_stop, process_failed
+from drivetrain_toolkit.failures import (
+    CONSEQUENCE,
+    DIRECTORY,
+    Failure,
+    RunDirectory,
+    is_stop,
+    process_failed,
+)
 from drivetrain_toolkit.failures import reported as report_main
 from drivetrain_toolkit.launchers import plans
 from drivetrain_toolkit.launchers.ranks import SCRIPT, run_as_rank
@@ -138,6 +146,8 @@ class ScriptRun:
         supervisor.tick()
         if supervisor.problems:
             raise self._failed()
+        if supervisor.stopped_by:
+            raise self._ended()
         try:
             with _Watchdog(supervisor, self._size):
                 result = report_main(main, world, self._directory)
@@ -148,7 +158,11 @@ class ScriptRun:
         return result
 
     def _settle(self, error: BaseException | None) -> None:
-        """Wait until no other rank is left inside ``main``; raise if one of them failed first."""
+        """Wait until no other rank is left inside ``main``; raise if one of them failed first.
+
+        Raises:
+            SystemExit: Another rank was ended by a stop signal before it could say so.
+        """
         supervisor = self._supervisor
         if error is not None:
             supervisor.stopping = is_stop(error)
@@ -158,6 +172,8 @@ class ScriptRun:
             supervisor.wait(REPORTS / 5)
             supervisor.tick()
         own = self._directory.read(self._world.rank).failure
+        if supervisor.stopped_by and (own is None or own.weight == CONSEQUENCE):
+            raise self._ended() from error
         if error is not None and is_stop(error):
             supervisor.spare()
             return
@@ -167,6 +183,12 @@ class ScriptRun:
             self._raised = own is not None
             return
         raise self._failed(own) from error
+
+    def _ended(self) -> SystemExit:
+        """The end of this process after a stop signal to another one."""
+        self._raised = True
+        sys.stderr.write(_stopped(self._supervisor.stopped_by))
+        return SystemExit(128 + self._supervisor.stopped_by)
 
     def _failed(self, *own: Failure | None) -> Exception:
         """The error to raise, once all other ranks have ended."""
@@ -193,6 +215,8 @@ class ScriptRun:
             supervisor.wait(REPORTS)
             supervisor.tick()
         self._close()
+        if supervisor.stopped_by and not self._raised and not supervisor.problems:
+            _exit_saying(_stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
         if supervisor.problems and not self._raised and not supervisor.stopping:
             _exit_with(process_failed(supervisor.problems.values(), self._size))
 
@@ -237,7 +261,9 @@ class _Watchdog:
             supervisor.tick()
             if supervisor.ending_for >= HARD and not supervisor.live:
                 supervisor.directory.remove()
-                _exit_with(process_failed(supervisor.problems.values(), self._size))
+                if supervisor.problems:
+                    _exit_with(process_failed(supervisor.problems.values(), self._size))
+                _exit_saying(_stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,9 +350,18 @@ def _precedes(own: Failure, first: Failure) -> bool:
     return (own.weight, own.when) <= (first.weight, first.when)
 
 
+def _stopped(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"The run stops: {name} ended one of its processes, which could not stop by itself.\n"
+
+
 def _exit_with(error: Exception) -> None:
-    """End this process at once, showing ``error``: its main thread cannot or will not any more."""
+    _exit_saying(f"\n{type(error).__name__}: {error}\n", 1)
+
+
+def _exit_saying(text: str, code: int) -> None:
+    """End this process at once: its main thread cannot or will not any more."""
     sys.stdout.flush()
-    sys.stderr.write(f"\n{type(error).__name__}: {error}\n")
+    sys.stderr.write(text)
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
