@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import islice
 
 import pytest
 import torch
@@ -171,17 +172,17 @@ def test_opening_late_reads_no_sample_that_was_seen():
     assert rest == asked == TWENTY[12:]
 
 
-def test_a_run_on_more_ranks_continues_with_the_samples_that_nobody_saw():
-    loader = DataLoader(TWENTY, batch_size=2, shuffle=True)
-    one = feed(loader)
-    stream = one.open(0)
-    before = samples(next(stream) for _ in range(3))
-    after = [
-        sample
-        for rank in range(2)
-        for sample in samples(feed(loader, rank, 2, training=False).open(0, 0, 6))
-    ]
-    assert sorted(before + after) == TWENTY
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1), (4, 2), (2, 4), (3, 2), (4, 2, 1), (1, 4, 3)])
+def test_each_sample_is_seen_once_however_often_the_number_of_ranks_changes(worlds):
+    data = list(range(96))
+    loader = DataLoader(data, batch_size=2, shuffle=True)
+    seen = []
+    for number, size in enumerate(worlds):
+        count = len(seen)
+        for rank in range(size):
+            stream = feed(loader, rank, size).open(1, 0, count)
+            seen += samples(stream if number == len(worlds) - 1 else islice(stream, 3))
+    assert sorted(seen) == data
 
 
 def test_drop_last_and_collation_are_the_loader_s():

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-import torch
 from drivetrain_interfaces import ConfigurationError, DataError
 from torch.utils.data import (
     BatchSampler,
@@ -18,79 +15,14 @@ from torch.utils.data import (
     SequentialSampler,
 )
 
-from drivetrain.sampling import DealtBatches, drawn_by, epoch_seed, in_sequence, shuffled
+from drivetrain.feeds import DealtFeed, Feed, copied, length_of, reads_elsewhere, undealt
+from drivetrain.sampling import DealtBatches, drawn_by, in_sequence, shuffled
+from drivetrain.streams import keeps_position
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from drivetrain_interfaces import World
-
-
-class Feed:
-    """One loader as the loop uses it: opened at an epoch and a position.
-
-    Attributes:
-        length: Batches per epoch on this rank, before any limit; None if unknown.
-        notice: What was changed about the user's loader, to be said once, or empty.
-    """
-
-    def __init__(self, loader: Any, *, dealt: DealtBatches | None, seed: int, notice: str) -> None:
-        self._loader = loader
-        self._dealt = dealt
-        self._seed = seed
-        self.notice = notice
-        self.length = _length(loader)
-
-    @property
-    def keeps_position(self) -> bool:
-        """Whether the loader itself saves and restores its position."""
-        return callable(getattr(self._loader, "state_dict", None)) and callable(
-            getattr(self._loader, "load_state_dict", None)
-        )
-
-    @property
-    def round_size(self) -> int:
-        """Samples of all ranks per step, where that is known; else 0."""
-        return 0 if self._dealt is None else self._dealt.round_size
-
-    def open(self, epoch: int, skip: int = 0, samples: int | None = None) -> Iterator[Any]:
-        """An iterator over the rest of an epoch.
-
-        Args:
-            epoch: The epoch.
-            skip: Batches of it that this rank has seen.
-            samples: Samples of it that all ranks have seen, which holds for any world size.
-        """
-        if self._dealt is not None:
-            self._dealt.epoch = epoch
-            self._dealt.start = skip * self._dealt.round_size if samples is None else samples
-            # Workers and their augmentation are seeded by the epoch, not by the global generator.
-            self._loader.__dict__["generator"] = torch.Generator().manual_seed(
-                epoch_seed(self._seed, epoch)
-            )
-            dealt: Iterator[Any] = iter(self._loader)
-            return dealt
-        batcher = getattr(self._loader, "batch_sampler", None)
-        sampler = getattr(self._loader, "sampler", None)
-        for each in (sampler, batcher, getattr(batcher, "sampler", None)):
-            set_epoch = getattr(each, "set_epoch", None)
-            if callable(set_epoch):
-                set_epoch(epoch)
-        batches: Iterator[Any] = iter(self._loader)
-        if skip and not self.keeps_position:
-            # There is no other way to a position in a loader that cannot say where it is.
-            for _ in islice(batches, skip):
-                pass
-        return batches
-
-    def state_dict(self) -> Any:
-        """The position that the loader itself keeps, or None."""
-        return self._loader.state_dict() if self.keeps_position else None
-
-    def load_state_dict(self, state: Any) -> None:
-        """Restore a position that the loader itself kept."""
-        if state is not None and self.keeps_position:
-            self._loader.load_state_dict(state)
 
 
 def feed_of(
@@ -99,7 +31,7 @@ def feed_of(
     """Bring any iterable of batches into the loop's shape.
 
     A ``DataLoader`` over a map-style data set is copied with a batch sampler of ours; everything
-    else is iterated as it is, on every rank.
+    else gives what it gives, on every rank.
 
     Args:
         loader: A ``DataLoader`` or any iterable of batches.
@@ -117,7 +49,7 @@ def feed_of(
             f"The {name} is a {type(loader).__name__}, which cannot be iterated.",
             "Give a DataLoader or another iterable of batches.",
         )
-    if _length(loader) == 0:
+    if length_of(loader) == 0:
         raise DataError(
             f"The {name} is empty: it has no batch.",
             "Give it data, or a batch size that is not larger than the data set with drop_last.",
@@ -134,7 +66,7 @@ def feed_of(
                 f"The {name} is used as it is on each of the {world.size} ranks; it must itself "
                 "give each rank its own part."
             )
-        return Feed(loader, dealt=None, seed=seed, notice=notice)
+        return undealt(loader, seed=seed, rank=world.rank, notice=notice)
     if not distribute and world.size > 1:
         world = type(world)()
     # What the user gave as batch_sampler counts; the loader's own sampler is then only a default.
@@ -149,12 +81,9 @@ def feed_of(
         world=world.size,
         drop_last=batcher.drop_last,
         even=training,
+        to_workers=reads_elsewhere(loader),
     )
-    # A copy by attributes: a subclass of DataLoader may have a constructor of its own.
-    ours = copy.copy(loader)
-    ours.__dict__["batch_sampler"] = dealt
-    ours.__dict__["_iterator"] = None
-    feed = Feed(ours, dealt=dealt, seed=seed, notice=notice)
+    feed = DealtFeed(copied(loader, batch_sampler=dealt), dealt, seed=seed, notice=notice)
     if training and not feed.length:
         raise DataError(
             f"The {name} gives no batch to each of {world.size} ranks: it holds "
@@ -203,13 +132,6 @@ def limited(length: int | None, limit: float | None, name: str) -> int | None:
     return used
 
 
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None
-
-
 def _is_ours_to_deal(loader: DataLoader[Any]) -> bool:
     sampler = getattr(loader.batch_sampler, "sampler", None)
     return (
@@ -217,7 +139,7 @@ def _is_ours_to_deal(loader: DataLoader[Any]) -> bool:
         and type(loader.batch_sampler) is BatchSampler
         and hasattr(sampler, "__len__")
         and not isinstance(sampler, DistributedSampler)  # it has dealt already
-        and not callable(getattr(loader, "state_dict", None))
+        and not keeps_position(loader)
     )
 
 

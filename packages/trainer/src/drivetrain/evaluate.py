@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces import Accelerator, EvalStep
     from torch import nn
 
-    from drivetrain.data import Feed
+    from drivetrain.feeds import Feed
     from drivetrain.hooks import Hooks
     from drivetrain.metrics import Metrics
     from drivetrain.stopping import StopRequest

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from drivetrain_interfaces import StepResult
 
     from drivetrain.counters import Progress
-    from drivetrain.data import Feed
     from drivetrain.datamodule import DataModule
     from drivetrain.evaluate import Evaluation
+    from drivetrain.feeds import Feed
     from drivetrain.hooks import Hooks
     from drivetrain.losses import LossWatch
     from drivetrain.manual import ManualOptimizer
@@ -122,16 +122,15 @@ def fit(run: FitRun) -> None:
 def _epoch(run: FitRun) -> None:
     progress = run.progress
     if not progress.epoch_open:
+        _restore_rng(run)  # the hooks and the loader draw what they would have drawn
         run.hooks.call("on_train_epoch_start")
         progress.epoch_open = True
     with_samples = run.samples_seen if run.feed.round_size else None
     stream = run.feed.open(progress.epoch, progress.batch, with_samples)
     if run.limit is not None:
         stream = islice(stream, max(0, run.limit - progress.batch))
-    if run.restore_rng is not None:
-        # Opening the loader may have drawn from the generators; the restored state comes after.
-        run.restore_rng()
-        run.restore_rng = None
+    # Inside an epoch the loader has drawn before, so the restored state comes after it is opened.
+    _restore_rng(run)
     ended = (
         run.limit is not None and progress.batch >= run.limit
     )  # a checkpoint of the epoch's last batch: only validation and the end hooks are owed
@@ -144,6 +143,13 @@ def _epoch(run: FitRun) -> None:
     if owed and not _validate(run):
         return
     _end_epoch(run)
+
+
+def _restore_rng(run: FitRun) -> None:
+    """Take over the random numbers of the checkpoint, once."""
+    if run.restore_rng is not None:
+        run.restore_rng()
+        run.restore_rng = None
 
 
 def _windows(run: FitRun, stream: Iterator[Any]) -> bool:

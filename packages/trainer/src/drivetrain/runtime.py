@@ -25,7 +25,7 @@ from drivetrain_interfaces import (
 from drivetrain_interfaces.discovery import LAUNCHERS, load
 
 from drivetrain import pointers
-from drivetrain.data import Feed, feed_of
+from drivetrain.data import feed_of
 from drivetrain.plan import Request
 from drivetrain.resolve import resolve
 from drivetrain.seeding import data_seed, host_rng_state, set_host_rng_state
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     )
     from torch import nn
 
+    from drivetrain.feeds import Feed
     from drivetrain.plan import Parts, Plan
 
 #: Connections of this process by backend and place: rendezvous again would race with other ranks.

@@ -9,11 +9,13 @@ came before, and a run that resumes with another world size still sees each rema
 from __future__ import annotations
 
 import random
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
+
+from drivetrain.seeding import RandomStream, seed_host
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 def epoch_seed(seed: int, epoch: int) -> int:
     """A seed for one epoch, far from those of its neighbours."""
-    return random.Random(f"{seed}/{epoch}").getrandbits(63)  # noqa: S311 - not for secrets
+    return seed_of(seed, epoch)
 
 
 def shuffled(size: int) -> Callable[[int, int], list[int]]:
@@ -51,29 +53,56 @@ def drawn_by(sampler: Any) -> Callable[[int, int], list[int]]:
     """
 
     def order(seed: int, epoch: int) -> list[int]:
-        drawn = epoch_seed(seed, epoch)
         if callable(getattr(sampler, "set_epoch", None)):
             sampler.set_epoch(epoch)
+        drawn = epoch_seed(seed, epoch)
         own = getattr(sampler, "generator", None)
-        generators = [torch.default_generator, *([own] if isinstance(own, torch.Generator) else [])]
-        states = [generator.get_state() for generator in generators]
-        python, numpy = random.getstate(), np.random.get_state()
+        state = own.get_state() if isinstance(own, torch.Generator) else None
         try:
-            for generator in generators:
-                generator.manual_seed(drawn)
-            random.seed(drawn)
-            np.random.seed(drawn % 2**32)
-            return list(sampler)
+            with RandomStream(drawn):
+                if isinstance(own, torch.Generator):
+                    own.manual_seed(drawn)
+                return list(sampler)
         finally:
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
-            random.setstate(python)
-            np.random.set_state(numpy)
+            if isinstance(own, torch.Generator) and state is not None:
+                own.set_state(state)
 
     return order
 
 
-class DealtBatches(Sampler[list[int]]):
+class Sent:
+    """Indices on their way to a loader's worker, whose generators are seeded when they arrive.
+
+    So what a worker draws for a batch, as for augmentation, depends on the batch's place in the run
+    and on nothing before it: not on the number of workers, nor on where the run was resumed.
+
+    Args:
+        indices: What the worker is to read.
+        place: The seed of the run, the epoch, and the batch's place in it.
+    """
+
+    __slots__ = ("indices", "place")
+
+    def __init__(self, indices: Any, place: tuple[int, ...]) -> None:
+        self.indices = indices
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self.indices, self.place)
+
+
+def _arrived(indices: Any, place: tuple[int, ...]) -> Any:
+    if get_worker_info() is not None:
+        seed_host(seed_of(*place))
+    return indices
+
+
+def seed_of(*place: int) -> int:
+    """A seed for one place in a run, far from those of its neighbours."""
+    return random.Random("/".join(map(str, place))).getrandbits(63)  # noqa: S311 - not for secrets
+
+
+class DealtBatches(Sampler[Any]):
     """The batches of one rank. Set ``epoch`` and ``start`` before iterating.
 
     Args:
@@ -87,6 +116,7 @@ class DealtBatches(Sampler[list[int]]):
         even: Let all ranks have equally many batches of equal size, by repeating up to
             ``world - 1`` samples at the end of an epoch; for training. Without it every sample is
             seen exactly once and ranks may have a batch more or less; for evaluation.
+        to_workers: Whether other processes read the samples.
     """
 
     def __init__(
@@ -100,9 +130,11 @@ class DealtBatches(Sampler[list[int]]):
         world: int,
         drop_last: bool,
         even: bool,
+        to_workers: bool = False,
     ) -> None:
         self.epoch = 0
         self.start = 0
+        self._to_workers = to_workers
         self._order = order
         self._size = size
         self._batch_size = batch_size
@@ -117,7 +149,7 @@ class DealtBatches(Sampler[list[int]]):
         """Samples that all ranks together take per step."""
         return self._batch_size * self._world
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[Any]:
         order = self._order(self._seed, self.epoch)[: self._size]
         for begin in range(self.start, self._size, self.round_size):
             dealt = order[begin : begin + self.round_size]
@@ -128,7 +160,9 @@ class DealtBatches(Sampler[list[int]]):
                     missing = self._world - len(dealt) % self._world
                     dealt = dealt + [order[n % self._size] for n in range(missing)]
             batch = dealt[self._rank :: self._world]
-            if batch:
+            if batch and self._to_workers:
+                yield Sent(batch, (self._seed, self.epoch, begin + self._rank))
+            elif batch:
                 yield batch
 
     def __len__(self) -> int:
@@ -137,3 +171,55 @@ class DealtBatches(Sampler[list[int]]):
         full, rest = divmod(left, self.round_size)
         partial = rest > 0 and not self._drop_last and (self._even or rest > self._rank)
         return full + partial
+
+
+_END = object()
+
+
+class OwnOrder(Sampler[Any]):
+    """What a user's own sampler or batch sampler gives, as a function of seed, epoch and position.
+
+    It draws from generators that are seeded for the epoch, alike on all ranks, so that its order is
+    the same when a run is resumed. Set ``epoch`` and ``skip`` before iterating.
+
+    Args:
+        sampler: The user's object.
+        seed: The run's seed.
+        rank: This rank.
+        to_workers: Whether other processes read the samples.
+    """
+
+    def __init__(self, sampler: Any, *, seed: int, rank: int, to_workers: bool) -> None:
+        self.epoch = 0
+        self.skip = 0
+        self._sampler = sampler
+        self._seed = seed
+        self._rank = rank
+        self._to_workers = to_workers
+
+    def __iter__(self) -> Iterator[Any]:
+        seed = epoch_seed(self._seed, self.epoch)
+        stream = RandomStream(seed)
+        with stream:
+            for each in (self._sampler, getattr(self._sampler, "sampler", None)):
+                set_epoch: Any = getattr(each, "set_epoch", None)
+                if callable(set_epoch):
+                    set_epoch(self.epoch)
+                if isinstance(own := getattr(each, "generator", None), torch.Generator):
+                    own.manual_seed(seed)
+            drawn = iter(self._sampler)
+        for number in count():
+            with stream:
+                indices = next(drawn, _END)
+            if indices is _END:
+                return
+            if number < self.skip:
+                continue
+            if self._to_workers:
+                yield Sent(indices, (self._seed, self.epoch, number, self._rank))
+            else:
+                yield indices
+
+    def __len__(self) -> int:
+        """Of the user's object, the whole epoch; ``TypeError`` if it has none."""
+        return len(self._sampler)

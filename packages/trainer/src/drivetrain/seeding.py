@@ -61,6 +61,53 @@ def host_rng_state() -> dict[str, Any]:
     }
 
 
+class RandomStream:
+    """Generators of the host of one's own: inside ``with`` they take the place of the real ones.
+
+    What is drawn inside depends on the seed alone, and what is drawn outside does not notice. May
+    be entered again, where it goes on. Devices are not touched.
+
+    Args:
+        seed: Where it begins.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed: int | None = seed
+        self._states: tuple[Any, ...] = ()
+
+    def __enter__(self) -> None:
+        outside = _states()
+        if self._seed is not None:
+            seed_host(self._seed)
+            self._seed = None
+        else:
+            _set_states(self._states)
+        self._states = outside
+
+    def __exit__(self, *exc: object) -> None:
+        inside = _states()
+        _set_states(self._states)
+        self._states = inside
+
+
+def seed_host(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's host generators, and none of a device."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
+def _states() -> tuple[Any, ...]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_states(states: tuple[Any, ...]) -> None:
+    python, numpy, torchs = states
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(torchs)
+
+
 def rng_state(accelerator: Accelerator, device: torch.device) -> dict[str, Any]:
     """The state of every generator of this process, that of its device included."""
     state = host_rng_state()
