@@ -93,7 +93,7 @@ def shared_python(session: nox.Session) -> str:
         session.run(sys.executable, "-m", "virtualenv", "-q", "--clear", str(SHARED), external=True)
         tools = (
             *TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn",
-            "copier",
+            "copier", "torchdata",
         )  # fmt: skip
         pip = (str(python), "-m", "pip", "install", "-q", *CONSTRAINTS)
         session.run(*pip, *tools, *editable(TOGETHER), external=True)
