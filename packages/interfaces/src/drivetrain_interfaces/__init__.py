@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.checkpoint import CheckpointIO as CheckpointIO
     from drivetrain_interfaces.checkpoint import Difference as Difference
     from drivetrain_interfaces.checkpoint import PendingSave as PendingSave
+    from drivetrain_interfaces.checkpoint import Refused as Refused
     from drivetrain_interfaces.checkpoint import SaveGroup as SaveGroup
     from drivetrain_interfaces.checkpoint import Shard as Shard
     from drivetrain_interfaces.checkpoint import StoredTensor as StoredTensor
@@ -99,6 +100,7 @@ _NAMES = {
         "CheckpointIO",
         "Difference",
         "PendingSave",
+        "Refused",
         "SaveGroup",
         "Shard",
         "StoredTensor",

@@ -16,7 +16,7 @@ class CheckpointIO(Protocol):
     """Writes and reads whole checkpoints. Called on rank 0 for ``save`` and ``remove``.
 
     A tree is nested mappings (with string keys) and sequences of tensors and values that the
-    format's codecs know. A checkpoint exists completely or it does not exist.
+    format's codecs know. A checkpoint exists completely or does not.
     """
 
     def save(self, tree: Mapping[str, Any], path: str) -> None:
@@ -50,22 +50,13 @@ class SupportsVerify(Protocol):
     """A checkpoint IO that can tell what is damaged, without loading."""
 
     def verify(self, path: str) -> Sequence[str]:
-        """What is wrong, one line each; nothing if it is complete and as it was written.
-
-        Raises ``StorageError`` where it cannot be read.
-        """
+        """What is wrong, one line each; nothing if it is complete and as it was written."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """What a checkpoint says about one tensor.
-
-    Attributes:
-        dtype: Its name, such as ``"float32"``.
-        shape: Of the whole, however many parts it is kept in.
-        files: The files that hold its parts.
-    """
+    """What a checkpoint says about one tensor: its whole shape, and the files with its parts."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -108,7 +99,7 @@ class Difference:
     Attributes:
         place: Where in the tree.
         kind: ``"first only"``, ``"second only"``, ``"dtype"``, ``"shape"`` or ``"value"``.
-        detail: Both sides, in words.
+        detail: In words.
     """
 
     place: str
@@ -121,12 +112,25 @@ class SupportsInspect(Protocol):
     """A checkpoint IO that can describe and compare checkpoints."""
 
     def inspect(self, path: str) -> CheckpointFacts:
-        """What it says about itself, without reading its tensors. Raises as ``load``."""
+        """What it says about itself. Raises as ``load``."""
         ...
 
     def diff(self, first: str, second: str) -> Sequence[Difference]:
         """Where two differ, in the order of places; nothing if they hold the same."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """In a tree of a foreign file: a value that only its own code could make.
+
+    Attributes:
+        kind: The class or function, as the file names it.
+        items: What it contained, if it was a mapping and nothing else is known of it.
+    """
+
+    kind: str
+    items: dict[Any, Any] | None = None
 
 
 @runtime_checkable
@@ -152,7 +156,7 @@ class SupportsConvert(Protocol):
     def read_file(self, path: str) -> dict[str, Any]:
         """The tree of a file of ``torch.save`` or of safetensors; any layout of keys.
 
-        Raises ``CheckpointError`` for anything but plain data.
+        Runs no code from it: a ``Refused`` is in place of whatever is not plain data.
         """
         ...
 
@@ -174,7 +178,7 @@ class PendingSave(Protocol):
     """A save that goes on while training does."""
 
     def done(self) -> bool:
-        """Whether it has ended, well or not. Cheap enough to be asked at every step."""
+        """Whether it has ended, well or not. Cheap enough for every step."""
         ...
 
     def wait(self) -> None:
@@ -186,8 +190,7 @@ class PendingSave(Protocol):
 class SaveGroup:
     """The processes that write one checkpoint together, each its own files.
 
-    They find each other by ``token`` in the directory that they write to, so no communication
-    between them is needed, and none may be under way meanwhile.
+    They find each other by ``token`` in the directory that they write to, and need nothing else.
 
     Attributes:
         rank: Of this process.
@@ -216,11 +219,11 @@ class SupportsBackgroundSave(Protocol):
     ) -> PendingSave:
         """Take a copy of ``tree``, and return while it is being written.
 
-        A save that is still under way is waited for first, and what went wrong there is raised.
-        The process does not end before the save has.
+        Waits for a save under way first, and raises what went wrong there. The process does not end
+        before the save has.
 
         Args:
-            tree: What to save, as for ``save``.
+            tree: What to save.
             path: Where to.
             staged: Whether the tensors belong to the save already, such as those of
                 ``Strategy.state()``: then nothing is copied.
@@ -291,8 +294,5 @@ class SupportsShardedLoad(Protocol):
     """A checkpoint IO that need not read the whole state into every process."""
 
     def open(self, path: str) -> dict[str, Any]:
-        """The tree as ``load`` returns it, with a ``StoredTensor`` in place of each tensor.
-
-        A file is verified before the first read from it. Raises as ``load``.
-        """
+        """As ``load``, with a ``StoredTensor``, verified when it is read, for each tensor."""
         ...

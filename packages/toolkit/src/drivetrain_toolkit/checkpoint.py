@@ -20,20 +20,32 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from drivetrain_interfaces.errors import CheckpointError, StorageError
+from drivetrain_interfaces.checkpoint import CheckpointFacts, Difference, TensorEntry
+from drivetrain_interfaces.errors import CheckpointError, ConfigurationError, StorageError
 
 from drivetrain_toolkit.background import ThreadedSave
-from drivetrain_toolkit.codecs import CODECS, Codecs
+from drivetrain_toolkit.codecs import CODECS, Codecs, dtype_name
+from drivetrain_toolkit.comparing import Content, differences, values_of
 from drivetrain_toolkit.lazy import lazy_tensors
 from drivetrain_toolkit.localstore import LocalStore
-from drivetrain_toolkit.manifest import MANIFEST, STATE, Manifest, damaged, parse_json
+from drivetrain_toolkit.manifest import MANIFEST, STATE, VERSION, Manifest, damaged
 from drivetrain_toolkit.reading import (
     content_problem,
     file_problems,
     parse_manifest,
+    parse_state,
     read_all,
     read_manifest,
-    read_state,
+)
+from drivetrain_toolkit.singlefile import (
+    DIRECTORY,
+    SAFETENSORS,
+    TORCH,
+    form_of,
+    read_single,
+    without_refused,
+    write_safetensors,
+    write_torch,
 )
 from drivetrain_toolkit.together import JointSave
 from drivetrain_toolkit.writing import TENSORS, Origin, Staged, stage, write_alone
@@ -142,7 +154,7 @@ class DirectoryCheckpointIO:
             source = self._store(path).open(path)
             manifest = read_manifest(source)
             tensors = lazy_tensors(source, manifest, partial(_storage, "read", path))
-            return self._decoded(source, manifest, tensors)
+            return self._decoded(source, manifest, tensors, parse_state(source, manifest))
 
     def exists(self, path: str) -> bool:
         """Whether a complete checkpoint is there: a manifest, and files of the right sizes."""
@@ -189,6 +201,82 @@ class DirectoryCheckpointIO:
         except CheckpointError as error:
             return [error.message]
 
+    def inspect(self, path: str) -> CheckpointFacts:
+        """What a checkpoint or single file says about itself. Raises as ``load``."""
+        path = _full(path)
+        with _storage("read", path):
+            if self._is_single(path):
+                return self._facts_of_file(path)
+        return self._read(path, _facts)
+
+    def diff(self, first: str, second: str) -> Sequence[Difference]:
+        """Where two checkpoints or single files differ. Raises as ``load``."""
+        return differences(self._content(_full(first)), self._content(_full(second)))
+
+    def convert(self, source: str, target: str, form: str) -> Sequence[str]:
+        """Write what is at ``source`` to ``target``: ``directory``, ``torch`` or ``safetensors``.
+
+        As ``directory`` it is consolidated: one file of tensors, whoever wrote it.
+
+        Returns:
+            What was left out, one place each.
+
+        Raises:
+            CheckpointError: The source is damaged, or there is something at the target.
+            ConfigurationError: There is no such form.
+            StorageError: A file cannot be read or written.
+        """
+        source, target = _full(source), _full(target)
+        _check_conversion(target, form)
+        tree, left_out = without_refused(self._any(source))
+        if form == DIRECTORY:
+            self.save(tree, target)
+            return left_out
+        with _storage("written", target):
+            if form == SAFETENSORS:
+                return [*left_out, *write_safetensors(target, tree)]
+            staged = stage(tree, self._codecs)
+            write_torch(target, staged.state, staged.shelf.tensors, self._codecs)
+        return left_out
+
+    def read_file(self, path: str) -> dict[str, Any]:
+        """The tree of a file of ``torch.save`` or safetensors, without running code from it.
+
+        Raises:
+            CheckpointError: It is damaged, or no such file.
+            StorageError: It cannot be read.
+        """
+        path = _full(path)
+        with _storage("read", path):
+            return read_single(path, self._codecs)
+
+    def prune(self, directory: str, keep: int) -> Sequence[str]:
+        """Remove all but the ``keep`` newest that are whole, once these have been verified.
+
+        Links stay, and what they lead to.
+
+        Raises:
+            ConfigurationError: None would be left.
+            StorageError: A file cannot be read or removed.
+        """
+        if keep < 1:
+            raise ConfigurationError(
+                f"A directory was to be pruned to {keep} checkpoints.", "Keep one at least."
+            )
+        paths = self.list(directory)
+        linked = {os.path.realpath(path) for path in paths if os.path.islink(path)}
+        whole = 0
+        gone = []
+        for path in paths:
+            if os.path.islink(path) or os.path.realpath(path) in linked:
+                continue
+            if whole < keep:
+                whole += not self.verify(path)
+            else:
+                self.remove(path)
+                gone.append(path)
+        return gone
+
     def manifest(self, path: str) -> Manifest:
         """What a checkpoint says about itself, without reading it whole. Raises as ``load``."""
         path = _full(path)
@@ -198,7 +286,7 @@ class DirectoryCheckpointIO:
 
     def _load(self, source: Source) -> dict[str, Any]:
         manifest = read_manifest(source)
-        state = read_state(source, manifest)
+        state = parse_state(source, manifest)
         return self._decoded(source, manifest, read_all(source, manifest), state)
 
     def _decoded(
@@ -206,19 +294,50 @@ class DirectoryCheckpointIO:
         source: Source,
         manifest: Manifest,
         tensors: Mapping[str, Any],
-        state: bytes | None = None,
+        state: Any,
     ) -> dict[str, Any]:
         try:
-            text = parse_json(read_state(source, manifest) if state is None else state)
-            tree = self._codecs.decode(text, tensors)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise damaged(source.path, manifest.state, f"it is not JSON ({error})") from error
+            tree = self._codecs.decode(state, tensors)
+        except RecursionError as error:
+            raise damaged(source.path, manifest.state, "it is nested too deeply") from error
         if not isinstance(tree, dict):
             how = f"it holds a {type(tree).__name__}, not a mapping"
             raise damaged(source.path, manifest.state, how)
         return tree
+
+    def _is_single(self, path: str) -> bool:
+        return "://" not in path and os.path.isfile(path)
+
+    def _any(self, path: str) -> dict[str, Any]:
+        return self.read_file(path) if self._is_single(path) else self.load(path)
+
+    def _facts_of_file(self, path: str) -> CheckpointFacts:
+        staged = self._staged_file(path)
+        return CheckpointFacts(
+            path,
+            form_of(path),
+            files={os.path.basename(path): os.path.getsize(path)},
+            tensors={
+                name: TensorEntry(dtype_name(each.dtype), tuple(each.shape))
+                for name, each in staged.shelf.tensors.items()
+            },
+            values=values_of(staged.state),
+        )
+
+    def _staged_file(self, path: str) -> Staged:
+        return stage(without_refused(read_single(path, self._codecs))[0], self._codecs)
+
+    def _content(self, path: str) -> Content:
+        self._await_pending(path)
+        with _storage("read", path):
+            if self._is_single(path):
+                staged = self._staged_file(path)
+                return Content(staged.state, staged.shelf.tensors)
+            source = self._store(path).open(path)
+            manifest = read_manifest(source)
+            reading = partial(_storage, "read", path)
+            state = parse_state(source, manifest)
+            return Content(state, lazy_tensors(source, manifest, reading))
 
     def _look(self, path: str) -> Manifest:
         source = self._store(path).open(path)
@@ -296,6 +415,40 @@ class DirectoryCheckpointIO:
 def _once(ready: list[Staged], work: Callable[[Staged, str], None], path: str) -> None:
     """Work on a staged tree that nothing else refers to, so that its memory is free afterwards."""
     work(ready.pop(), path)
+
+
+def _facts(source: Source) -> CheckpointFacts:
+    manifest = read_manifest(source)
+    return CheckpointFacts(
+        path=source.path,
+        form=DIRECTORY,
+        version=VERSION,
+        contract=manifest.contract,
+        producer=manifest.producer,
+        created=manifest.created,
+        world_size=manifest.world_size,
+        files={name: size for name, (size, _) in manifest.files.items()},
+        tensors={
+            name: TensorEntry(
+                facts.dtype, facts.shape, tuple(sorted({shard.file for shard in facts.shards}))
+            )
+            for name, facts in manifest.tensors.items()
+        },
+        values=values_of(parse_state(source, manifest)),
+    )
+
+
+def _check_conversion(target: str, form: str) -> None:
+    if form not in (DIRECTORY, TORCH, SAFETENSORS):
+        raise ConfigurationError(
+            f"A checkpoint was to be converted to the form {form!r}.",
+            f"Use one of {DIRECTORY!r}, {TORCH!r} and {SAFETENSORS!r}.",
+        )
+    if "://" not in target and os.path.lexists(target):
+        raise CheckpointError(
+            f"A checkpoint was to be converted to {target!r}, where there is something already.",
+            "Choose another path, or remove it first.",
+        )
 
 
 def _problems(source: Source) -> list[str]:

@@ -95,6 +95,11 @@ class Codecs:
             )
         self._add(Codec(name, kind, encode, decode))
 
+    @property
+    def names(self) -> frozenset[str]:
+        """What files call the codecs that this process knows."""
+        return frozenset(self._by_name) | frozenset(_NUMPY_BY_NAME)
+
     def encode(self, value: Any, keep: Keep) -> Any:
         """A JSON value for ``value``.
 

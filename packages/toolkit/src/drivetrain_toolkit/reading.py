@@ -9,7 +9,14 @@ import xxhash
 from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import dtype_named
-from drivetrain_toolkit.manifest import LONGEST_MANIFEST, MANIFEST, Manifest, damaged, volume
+from drivetrain_toolkit.manifest import (
+    LONGEST_MANIFEST,
+    MANIFEST,
+    Manifest,
+    damaged,
+    parse_json,
+    volume,
+)
 from drivetrain_toolkit.tensorfile import (
     BadFileError,
     Slot,
@@ -88,11 +95,15 @@ def content_problem(source: Source, manifest: Manifest, name: str) -> str:
     return "its content is not what was written" if changed else ""
 
 
-def read_state(source: Source, manifest: Manifest) -> bytes:
-    """The file with the tree, verified."""
+def parse_state(source: Source, manifest: Manifest) -> Any:
+    """The tree as JSON values, verified."""
     data = _whole(source, manifest.state)
     _require_hash(source, manifest, manifest.state, xxhash.xxh3_128_hexdigest(data))
-    return data
+    try:
+        return parse_json(data)
+    except (ValueError, RecursionError) as error:
+        how = f"it is not JSON ({type(error).__name__})"
+        raise damaged(source.path, manifest.state, how) from error
 
 
 def read_all(source: Source, manifest: Manifest) -> dict[str, torch.Tensor]:

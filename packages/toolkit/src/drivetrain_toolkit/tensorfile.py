@@ -41,6 +41,7 @@ DTYPES: Final = {name: dtype for dtype, name in _NAMES.items()} | {
     "F8_E5M2": torch.float8_e5m2,
     "C64": torch.complex64,
 }
+_ALL_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 #: The format allows no longer header.
 LONGEST_HEADER: Final = 100_000_000
 _LENGTH: Final = 8
@@ -74,12 +75,19 @@ class BadFileError(ValueError):
     """Says in its text what is wrong with a file of tensors."""
 
 
-def write_tensors(tensors: Mapping[str, torch.Tensor], write: Callable[[Any], None]) -> None:
+def write_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    write: Callable[[Any], None],
+    *,
+    by_others: bool = False,
+) -> None:
     """Hand the bytes of a safetensors file to ``write``, piece by piece.
 
     Args:
         tensors: Contiguous tensors on the host. A dtype that the format lacks is stored as bytes.
         write: Takes anything with the buffer interface.
+        by_others: Whether others read it, who know of no manifest: then every dtype is named as the
+            format does, also those that came to it late.
     """
     # Large items first, so that every tensor starts at a multiple of its item size.
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
@@ -87,7 +95,10 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], write: Callable[[Any], No
     offset = 0
     for name in order:
         tensor = tensors[name]
-        dtype, shape = stored_as(tensor.dtype, tuple(tensor.shape))
+        shape = tuple(tensor.shape)
+        dtype, shape = (
+            (_ALL_NAMES[tensor.dtype], shape) if by_others else stored_as(tensor.dtype, shape)
+        )
         end = offset + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
