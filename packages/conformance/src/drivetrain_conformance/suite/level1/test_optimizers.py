@@ -103,7 +103,8 @@ def test_an_optimizer_with_a_closure_sees_clipped_gradients(build: Build) -> Non
     setup = build(optimizers=lbfgs, clip=Clip(0.125))
     results = setup.train(windows)
     rule = "S19: each evaluation clips"
-    setup.check(results, lbfgs_by_hand(windows, 0.125), rule, at_least=1e-4)
+    # What it learns of the curvature comes from differences of small gradients: rounding shows.
+    setup.check(results, lbfgs_by_hand(windows, 0.125), rule, at_least=5e-4)
     wanted = train_by_hand(perceptron(), windows[:1], mean_square, lr=LR).norms[0]
     norm = results[0].grad_norm
     assert norm is not None, "S20: grad_norm is a tensor when clipping by norm"

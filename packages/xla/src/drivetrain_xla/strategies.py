@@ -1,0 +1,77 @@
+"""How a module is placed on XLA devices."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING
+
+import torch
+import torch_xla
+from drivetrain_interfaces import UnsupportedError
+from drivetrain_toolkit.strategies import SingleDeviceStrategy
+
+from drivetrain_xla import device_module
+from drivetrain_xla.steps import XlaEvalStep, XlaManualStep, XlaTrainStep
+
+if TYPE_CHECKING:
+    from drivetrain_interfaces import (
+        EvalSpec,
+        EvalStep,
+        ManualSpec,
+        ManualStep,
+        ModelState,
+        StepSpec,
+        TrainStep,
+    )
+    from torch import nn
+
+
+class XlaStrategy(SingleDeviceStrategy):
+    """One process, one device: everything of an update is one graph."""
+
+    name = "single_device"
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Convert, move, and seed the device's generator from the host's, which is left as it is.
+
+        ``torch.manual_seed`` does not reach XLA devices. So the same seed before ``prepare`` gives
+        the same dropout.
+
+        Raises:
+            UnsupportedError: Synchronized batch normalization was asked for.
+        """
+        module = super().prepare(module)
+        device_module.manual_seed(zlib.crc32(bytes(torch.get_rng_state().tolist())))
+        torch_xla.sync()
+        return module
+
+    def train_step(self, spec: StepSpec) -> TrainStep:
+        """Build the train step."""
+        self._optimizers = tuple(spec.optimizers)
+        return XlaTrainStep(spec, self.context.precision)
+
+    def eval_step(self, spec: EvalSpec) -> EvalStep:
+        """Build an evaluation step."""
+        return XlaEvalStep(spec, self.context.precision)
+
+    def manual_step(self, spec: ManualSpec) -> ManualStep:
+        """Build the manual step."""
+        self._optimizers = tuple(spec.optimizers)
+        return XlaManualStep(spec, self.context.precision)
+
+    def state(self) -> ModelState:
+        """The whole state as copies on the host."""
+        torch_xla.sync()  # one graph for all that is not computed yet, not one for each tensor
+        return super().state()
+
+    def load(self, state: ModelState, *, strict: bool = True) -> None:
+        """Restore a state; ``CheckpointError`` names what does not fit."""
+        super().load(state, strict=strict)
+        torch_xla.sync()  # so that copies are no part of the first step's graph
+
+    def _with_sync_batchnorm(self, module: nn.Module) -> nn.Module:
+        raise UnsupportedError(
+            "Synchronized batch normalization was asked for, which torch does not offer on 'xla' "
+            "devices.",
+            "Set sync_batchnorm=False, or use group or layer normalization.",
+        )
