@@ -61,7 +61,7 @@ nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = [
-    "lint", "gates", "imports", "wheels", "types", "tests",
+    "lint", "gates", "imports", "wheels", "types", *(f"tests({name})" for name in TOGETHER),
     *(f"backend({name})" for name in (*BACKENDS, "simulated") if name not in APART),
     "capabilities", "integration", "docs", "alone", "scaffold", "quickstart",
 ]  # fmt: skip
@@ -101,6 +101,39 @@ def shared_python(session: nox.Session) -> str:
     return str(python)
 
 
+def install_apart(session: nox.Session, name: str, *more: str) -> None:
+    """Make the environment of a package that cannot share one, with test tools and ``more``.
+
+    ``[tool.drivetrain.recipe]`` says how: ``pins`` are exact versions that take the place of those
+    in ``ci/constraints.txt``; those whose names are in ``bare`` come first, without what they
+    depend on, and ``script`` then puts something else in its place.
+    """
+    recipe = PROJECTS[name]["tool"]["drivetrain"].get("recipe", {})
+    pins = {pin.partition("==")[0]: pin for pin in recipe.get("pins", [])}
+    lines = (ROOT / CONSTRAINTS[1]).read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.partition("==")[0] not in pins]
+    constraints = Path(session.create_tmp()).resolve() / "constraints.txt"
+    constraints.write_text("\n".join([*lines, *pins.values(), ""]), encoding="utf-8")
+    if bare := [pins[each] for each in recipe.get("bare", [])]:
+        session.install("-q", "--no-deps", *bare)
+        session.run("python", recipe["script"])
+    session.install("-q", "-c", str(constraints), *TEST_TOOLS, *recipe.get("tools", []), *more)
+    session.run("python", "-m", "pip", "check")
+
+
+def run_tests(session: nox.Session, python: str, name: str, *options: str) -> None:
+    """Run the tests of a package, those that need a process of their own after the others."""
+    apart = PROJECTS[name]["tool"]["drivetrain"].get("apart")
+    others = [f"--ignore-glob={FOLDER / name}/tests/{apart}"] if apart else []
+    session.run(python, "-m", "pytest", f"{FOLDER / name}/tests", *others, *options, external=True)
+
+
+def pages_of(name: str) -> list[str]:
+    """The pages whose code needs a package: ``pages`` in ``[tool.drivetrain]``, and its README."""
+    named: list[str] = PROJECTS[name]["tool"]["drivetrain"].get("pages", [])
+    return [f"{FOLDER / name}/README.md", *named]
+
+
 def run_apart(session: nox.Session, python: str, name: str) -> None:
     """Run those test files of a package that need a process of their own, one after the other.
 
@@ -124,17 +157,15 @@ def quickstart(session: nox.Session) -> None:
 @nox.parametrize("name", ids(ALL))
 def tests(session: nox.Session, name: str) -> None:
     """Run the tests of one package; of one without torch, where there is no torch."""
-    if own_environment(name) or not tested_with_torch(name):
-        local = ["interfaces", *(["toolkit"] if uses_torch(name) else []), name]
-        session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *editable(local))
-        python = "python"
-    else:
+    python = "python"
+    local = ["interfaces", *(["toolkit"] if uses_torch(name) else []), name]
+    if own_environment(name):
+        install_apart(session, name, *editable([*local, "trainer"]))
+    elif tested_with_torch(name):
         python = shared_python(session)
-    apart = PROJECTS[name]["tool"]["drivetrain"].get("apart")
-    others = [f"--ignore-glob={FOLDER / name}/tests/{apart}"] if apart else []
-    session.run(
-        python, "-m", "pytest", f"{FOLDER / name}/tests", *others, *session.posargs, external=True
-    )
+    else:
+        session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *editable(local))
+    run_tests(session, python, name, *session.posargs)
 
 
 @nox.session(venv_backend="none")
@@ -150,39 +181,40 @@ def integration(session: nox.Session) -> None:
 def backend(session: nox.Session, name: str) -> None:
     """Test one backend as its owner does: its own tests, then the whole conformance kit.
 
-    A registered backend is tested without a trainer. ``simulated`` is the backend that the kit's
-    own tests hold; runs of a trainer on it are among them. The kit's report is left in
-    ``build/reports``.
+    A registered backend is tested without a trainer, unless it has an environment of its own.
+    ``simulated`` is the backend that the kit's own tests hold; runs of a trainer on it are among
+    them. The kit's report is left in ``build/reports``. Several runs of the kit, with variables
+    and options of their own, are ``[[tool.drivetrain.kit]]`` tables.
     """
-    report = ROOT / REPORTS / f"{name}.json"
-    report.unlink(missing_ok=True)
-    kit = [
-        "-m",
-        "pytest",
-        "--pyargs",
-        "drivetrain_conformance.suite",
-        f"--drivetrain-report={report}",
-    ]
+    suite = ["-m", "pytest", "--pyargs", "drivetrain_conformance.suite"]
+    runs: list[dict[str, Any]] = [{}]
     if name == "simulated":
         python, home = shared_python(session), ROOT / FOLDER / "conformance/tests"
         run_apart(session, python, "conformance")
-        env = {"PYTHONPATH": str(home), "DRIVETRAIN_SIMULATED": '{"devices": 4}'}
         target = "simulated_backend:spec"
+        runs = [{"env": {"PYTHONPATH": str(home), "DRIVETRAIN_SIMULATED": '{"devices": 4}'}}]
     else:
-        session.install(
-            "-q",
-            *CONSTRAINTS,
-            *TEST_TOOLS,
-            *editable(["interfaces", "toolkit", name, "conformance"]),
-        )
-        python, home, env, target = "python", ROOT / FOLDER / name / "tests", {}, name
-        session.run(python, "-m", "pytest", str(home))
+        python, home, target = "python", ROOT / FOLDER / name / "tests", name
+        local = editable(["interfaces", "toolkit", name, "conformance"])
+        if own_environment(name):
+            install_apart(session, name, *local, *editable(["trainer"]))
+        else:
+            session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *local)
+        run_tests(session, python, name)
+        if own_environment(name):  # where the session for pages has them not
+            session.run(
+                python, "-m", "pytest", "-p", "pages", *pages_of(name), env={"PYTHONPATH": "ci"}
+            )
+        runs = PROJECTS[name]["tool"]["drivetrain"].get("kit", runs)
     if (known := home / "conformance.toml").exists():
-        kit.append(f"--drivetrain-xfails={known}")
+        suite.append(f"--drivetrain-xfails={known}")
+    suite.append(f"--drivetrain-backend={target}")
     session.chdir(session.create_tmp())  # the kit is judged by its own settings, not by the tree's
-    session.run(
-        python, *kit, f"--drivetrain-backend={target}", *session.posargs, env=env, external=True
-    )
+    for run in runs:
+        report = ROOT / REPORTS / f"{run.get('report', name)}.json"
+        report.unlink(missing_ok=True)
+        options = [f"--drivetrain-report={report}", *run.get("options", []), *session.posargs]
+        session.run(python, *suite, *options, env=run.get("env"), external=True)
 
 
 @nox.session(venv_backend="none")
@@ -203,7 +235,7 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Check types with mypy, strictly; tests of backends too, since they hold static proofs."""
     python = shared_python(session)
-    sources = [str(FOLDER / name / "src") for name in TOGETHER]
+    sources = [str(FOLDER / name / "src") for name in ALL]
     session.run(python, "-m", "mypy", *sources, external=True)
     for name in (n for n in BACKENDS if n in TOGETHER):
         session.run(python, "-m", "mypy", str(FOLDER / name / "tests"), external=True)
@@ -252,8 +284,12 @@ def alone(session: nox.Session, name: str) -> None:
     )
     paths = str(declared).split()
     session.run(sys.executable, "ci/wheels.py", "check", name, external=True)
-    session.install("-q", *CONSTRAINTS, *paths)
-    session.run("python", "-m", "pip", "check")
+    if own_environment(name):
+        # What it pins is gigabytes, which its backend session installs; here its modules wait.
+        session.install("-q", "--no-deps", *paths)
+    else:
+        session.install("-q", *CONSTRAINTS, *paths)
+        session.run("python", "-m", "pip", "check")
     brought = PROJECTS[name]["tool"]["drivetrain"].get("brought", [])
     session.run(
         "python", "-I", str(ROOT / "ci/installed.py"), PROJECTS[name]["project"]["name"], *brought
@@ -303,8 +339,9 @@ def docs(session: nox.Session) -> None:
     python = shared_python(session)
     session.run(python, "ci/links.py", external=True)
     pages = ["README.md", "docs", *(f"{FOLDER / name}/README.md" for name in TOGETHER)]
+    elsewhere = [f"--ignore={page}" for name in APART for page in pages_of(name)]
     session.run(
-        python, "-m", "pytest", "-p", "pages", *pages, *session.posargs,
+        python, "-m", "pytest", "-p", "pages", *pages, *elsewhere, *session.posargs,
         env={"PYTHONPATH": "ci"}, external=True,
     )  # fmt: skip
 

@@ -9,7 +9,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from drivetrain_interfaces import BackendSpec, Capabilities, ContractVersion, DeviceFacts
+from drivetrain_interfaces import (
+    BackendSpec,
+    Capabilities,
+    ContractVersion,
+    DeviceFacts,
+    Feature,
+)
 from drivetrain_toolkit.specs import SINGLE_DEVICE_FEATURES
 
 from drivetrain_xla.probing import look
@@ -17,7 +23,7 @@ from drivetrain_xla.probing import look
 if TYPE_CHECKING:
     from drivetrain_interfaces import Backend, Probe
 
-__all__ = ["FACTS", "PRECISIONS", "spec"]
+__all__ = ["FACTS", "FEATURES", "PRECISIONS", "spec"]
 
 #: One process drives all devices of a machine, so that no launcher is needed.
 FACTS = DeviceFacts(
@@ -30,6 +36,9 @@ FACTS = DeviceFacts(
     interactive_launcher="none",
     default_devices=1,
 )
+
+#: Not ``torch.inference_mode``, in which linear layers fail on XLA devices (torch 2.9).
+FEATURES = SINGLE_DEVICE_FEATURES - {Feature.INFERENCE_MODE}
 
 #: Not ``64-true``: a TPU has no float64, and what emulates it is slower by far than a CPU.
 PRECISIONS = frozenset({"16-mixed", "16-true", "32-true", "bf16-mixed", "bf16-true"})
@@ -48,7 +57,7 @@ def _load() -> Backend:
 spec = BackendSpec(
     name="xla",
     contract=ContractVersion(0, 1),
-    capabilities=Capabilities(features=SINGLE_DEVICE_FEATURES, precisions=PRECISIONS),
+    capabilities=Capabilities(features=FEATURES, precisions=PRECISIONS),
     facts=FACTS,
     strategies=("single_device",),
     probe=_probe,

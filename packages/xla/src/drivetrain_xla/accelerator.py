@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-import torch
 from drivetrain_interfaces import UnavailableError
 
 from drivetrain_xla import FACTS, device_module
@@ -13,6 +12,7 @@ from drivetrain_xla.probing import look
 from drivetrain_xla.runtime import open_runtime
 
 if TYPE_CHECKING:
+    import torch
     from drivetrain_interfaces import DeviceFacts, Precision, StrategyFactory
 
 

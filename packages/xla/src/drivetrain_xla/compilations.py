@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 from torch_xla.debug.metrics import counter_value
 
 if TYPE_CHECKING:
@@ -81,10 +81,10 @@ class RecompilationWatch:
 
 def described(batch: Any) -> str:
     """The shapes in a batch, such as ``float32[32, 8], int64[32]``."""
-    leaves, _ = tree_flatten(batch)
-    return ", ".join(
-        f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
-        if isinstance(leaf, Tensor)
-        else type(leaf).__name__
-        for leaf in leaves
-    )
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        batch = list(batch.values())
+    if isinstance(batch, (list, tuple)):
+        return ", ".join(described(item) for item in batch)
+    return type(batch).__name__

@@ -19,7 +19,8 @@ _SEED_BYTES = 8
 def register() -> None:
     """Make this module ``torch.xla``, unless something else is by now."""
     if not hasattr(torch, NAME):
-        torch._register_device_module(NAME, sys.modules[__name__])  # noqa: SLF001 - for backends
+        register_module = torch._register_device_module  # noqa: SLF001 - made for backends
+        register_module(NAME, sys.modules[__name__])  # type: ignore[no-untyped-call]
 
 
 def is_available() -> bool:
@@ -93,9 +94,7 @@ def set_rng_state(state: Tensor, wanted: Any = None) -> None:
     """Restore what ``get_rng_state`` returned."""
     import torch_xla.core.xla_model as xm
 
-    xm.set_rng_state(
-        int.from_bytes(bytes(state.tolist()), "little"), f"{NAME}:{_index(wanted)}"
-    )
+    xm.set_rng_state(int.from_bytes(bytes(state.tolist()), "little"), f"{NAME}:{_index(wanted)}")
 
 
 def manual_seed(seed: int) -> None:
@@ -113,7 +112,7 @@ def manual_seed_all(seed: int) -> None:
         torch_xla.manual_seed(seed, str(each))
 
 
-def synchronize(wanted: Any = None) -> None:
+def synchronize(_wanted: Any = None) -> None:
     """Return once all work queued on the devices of this process has finished."""
     import torch_xla
     import torch_xla.core.xla_model as xm

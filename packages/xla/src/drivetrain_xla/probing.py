@@ -39,12 +39,16 @@ def look(env: Mapping[str, str], pci: Path = _PCI) -> Probe:
     if fault:
         return Probe(0, fault)
     wanted = env.get("PJRT_DEVICE", "")
+    if wanted in {"", "TPU"}:
+        return _chip_devices(env, pci)
     if wanted == "CPU":
         return _host_devices(env)
-    if wanted not in {"", "TPU"}:
-        return Probe(
-            0, f"PJRT_DEVICE={wanted!r} is set, and drivetrain-xla is for 'TPU' (and 'CPU' to try)"
-        )
+    return Probe(
+        0, f"PJRT_DEVICE={wanted!r} is set, and drivetrain-xla is for 'TPU' (and 'CPU' to try)"
+    )
+
+
+def _chip_devices(env: Mapping[str, str], pci: Path) -> Probe:
     try:
         chips = _chips(pci)
     except OSError as error:
@@ -67,11 +71,11 @@ def _installation() -> str:
     if util.find_spec("torch_xla") is None:
         return "torch_xla is not installed. Install torch_xla[tpu] and torch of one version"
     versions = {}
-    for name in ("torch", "torch_xla"):
-        try:
+    try:
+        for name in ("torch", "torch_xla"):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            return f"{name} is not installed as a package. Install it"
+    except metadata.PackageNotFoundError as error:
+        return f"{error.name} is not installed as a package. Install it"
     mine, theirs = (re.split(r"[.+]", versions[name])[:2] for name in ("torch_xla", "torch"))
     if mine != theirs:
         return (

@@ -24,6 +24,7 @@ def open_runtime() -> None:
     """
     if _opened:
         return
+    asked = os.environ.get("PJRT_DEVICE")  # torch_xla sets it where it is not set
     try:
         import torch_xla
         import torch_xla.runtime as xr
@@ -35,7 +36,7 @@ def open_runtime() -> None:
             f"torch_xla could not open its devices: {error}",
             "Install torch and torch_xla of one version, and end other programs that use the TPU.",
         ) from error
-    if kind == "CPU" and os.environ.get("PJRT_DEVICE") != "CPU":
+    if kind == "CPU" and asked != "CPU":
         raise UnavailableError(
             "torch_xla found no TPU and took the CPU, which nobody asked for.",
             "Set PJRT_DEVICE=CPU to train on the CPU behind XLA, or use accelerator='cpu'.",
@@ -54,6 +55,6 @@ def _try_a_gradient(device: torch.device) -> None:
         raise UnavailableError(
             "The XLA runtime was opened in a process that had computed gradients on the CPU "
             "before, and torch can then compute none on XLA devices.",
-            "Train on XLA first, or 'import torch_xla; torch_xla.device()' where the program "
+            "Train on XLA first, or call drivetrain_xla.runtime.open_runtime() where the program "
             "starts.",
         ) from error

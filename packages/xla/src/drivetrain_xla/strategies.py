@@ -14,6 +14,8 @@ from drivetrain_xla import device_module
 from drivetrain_xla.steps import XlaEvalStep, XlaManualStep, XlaTrainStep
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from drivetrain_interfaces import (
         EvalSpec,
         EvalStep,
@@ -46,16 +48,24 @@ class XlaStrategy(SingleDeviceStrategy):
         return module
 
     def train_step(self, spec: StepSpec) -> TrainStep:
-        """Build the train step."""
+        """Build the train step. Raises ``UnsupportedError`` for a fused optimizer."""
+        _refuse_fused(spec.optimizers)
         self._optimizers = tuple(spec.optimizers)
         return XlaTrainStep(spec, self.context.precision)
 
     def eval_step(self, spec: EvalSpec) -> EvalStep:
-        """Build an evaluation step."""
+        """Build an evaluation step. Raises ``UnsupportedError`` for inference mode."""
+        if spec.inference_mode:
+            raise UnsupportedError(
+                "An evaluation under torch.inference_mode was asked for, in which torch fails on "
+                "XLA devices.",
+                "Use inference_mode=False, which is torch.no_grad.",
+            )
         return XlaEvalStep(spec, self.context.precision)
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
-        """Build the manual step."""
+        """Build the manual step. Raises ``UnsupportedError`` for a fused optimizer."""
+        _refuse_fused(spec.optimizers)
         self._optimizers = tuple(spec.optimizers)
         return XlaManualStep(spec, self.context.precision)
 
@@ -75,3 +85,13 @@ class XlaStrategy(SingleDeviceStrategy):
             "devices.",
             "Set sync_batchnorm=False, or use group or layer normalization.",
         )
+
+
+def _refuse_fused(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        if any(group.get("fused") for group in optimizer.param_groups):
+            raise UnsupportedError(
+                f"{type(optimizer).__name__}(fused=True) was asked for, and torch has no fused "
+                "kernel for XLA devices.",
+                "Leave fused out: XLA fuses the whole update.",
+            )
