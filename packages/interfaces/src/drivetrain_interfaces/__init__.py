@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.accelerator import DeviceFacts as DeviceFacts
     from drivetrain_interfaces.accelerator import SupportsMemoryStats as SupportsMemoryStats
     from drivetrain_interfaces.accelerator import SupportsRng as SupportsRng
+    from drivetrain_interfaces.accelerator import SupportsStreams as SupportsStreams
     from drivetrain_interfaces.backend import Backend as Backend
     from drivetrain_interfaces.backend import BackendSpec as BackendSpec
     from drivetrain_interfaces.backend import Probe as Probe
@@ -92,7 +93,13 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.strategy import refuse_what_is_newer as refuse_what_is_newer
 
 _NAMES = {
-    "accelerator": ("Accelerator", "DeviceFacts", "SupportsMemoryStats", "SupportsRng"),
+    "accelerator": (
+        "Accelerator",
+        "DeviceFacts",
+        "SupportsMemoryStats",
+        "SupportsRng",
+        "SupportsStreams",
+    ),
     "backend": ("Backend", "BackendSpec", "Probe", "StrategySpec"),
     "capabilities": ("ALL_STEP_HOOKS", "Capabilities", "Feature", "StepHook"),
     "checkpoint": (

@@ -89,3 +89,12 @@ class SupportsRng(Protocol):
     def set_rng_state(self, state: Any, device: torch.device) -> None:
         """Restore a state."""
         ...
+
+
+@runtime_checkable
+class SupportsStreams(Protocol):
+    """An accelerator whose devices can copy and compute at the same time."""
+
+    def copy_stream(self, device: torch.device) -> torch.Stream:
+        """A stream of ``device`` besides the current one; the same one each time."""
+        ...

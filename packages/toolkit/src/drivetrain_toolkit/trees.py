@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
 
@@ -35,63 +37,79 @@ def move(batch: Any, device: torch.device) -> Any:
         else:
             return batch
     # A copy to the host that does not wait would hand out memory that is still being written.
-    return _moved(batch, device, device.type != "cpu")
+    return mapped(batch, _Mover(device, non_blocking=device.type != "cpu"))
 
 
-def _moved(value: Any, device: torch.device, non_blocking: bool) -> Any:  # noqa: FBT001 - private
-    if isinstance(value, Tensor):
-        return value if value.device == device else value.to(device, non_blocking=non_blocking)
-    if value is None or isinstance(value, (str, bytes, int, float)):
-        return value
-    if callable(getattr(type(value), "to", None)):
+class _Mover:
+    """What moves one tensor, or whatever else says how it is moved."""
+
+    __slots__ = ("_device", "_non_blocking")
+
+    def __init__(self, device: torch.device, *, non_blocking: bool) -> None:
+        self._device = device
+        self._non_blocking = non_blocking
+
+    def __call__(self, value: Any) -> Any:
+        device = self._device
+        if isinstance(value, Tensor):
+            if value.device == device:
+                return value
+            return value.to(device, non_blocking=self._non_blocking)
         moved = value.to(device)
         return value if moved is None else moved  # some move in place and return nothing
-    return _moved_container(value, device, non_blocking)
 
 
-def _moved_container(value: Any, device: torch.device, non_blocking: bool) -> Any:  # noqa: FBT001
+def mapped(value: Any, leaf: Callable[[Any], Any]) -> Any:
+    """The batch with ``leaf`` of each tensor in it, and of each object that has a ``to`` method.
+
+    Looks where ``move`` does. Parts of which nothing changed stay the same objects.
+
+    Args:
+        value: A batch, or a part of one.
+        leaf: Called with each of them; returns what takes its place.
+    """
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    if isinstance(value, Tensor) or callable(getattr(type(value), "to", None)):
+        return leaf(value)
     if isinstance(value, Mapping):
-        return _moved_mapping(value, device, non_blocking)
+        return _mapped_mapping(value, leaf)
     if isinstance(value, (list, tuple)):
-        return _moved_sequence(value, device, non_blocking)
+        return _mapped_sequence(value, leaf)
     if is_dataclass(value) and not isinstance(value, type):
-        return _moved_dataclass(value, device, non_blocking)
+        return _mapped_dataclass(value, leaf)
     return value
 
 
-def _moved_mapping(value: Mapping[Any, Any], device: torch.device, non_blocking: bool) -> Any:  # noqa: FBT001
-    moved = {key: _moved(item, device, non_blocking) for key, item in value.items()}
-    if all(moved[key] is item for key, item in value.items()):
+def _mapped_mapping(value: Mapping[Any, Any], leaf: Callable[[Any], Any]) -> Any:
+    changed = {key: mapped(item, leaf) for key, item in value.items()}
+    if all(changed[key] is item for key, item in value.items()):
         return value
     if type(value) is dict or not isinstance(value, MutableMapping):
-        return moved
+        return changed
     result = copy.copy(value)  # keeps the order, default factory and attributes of its class
-    result.update(moved)
+    result.update(changed)
     return result
 
 
-def _moved_sequence(
-    value: list[Any] | tuple[Any, ...],
-    device: torch.device,
-    non_blocking: bool,  # noqa: FBT001
-) -> Any:
-    moved = [_moved(item, device, non_blocking) for item in value]
-    if all(new is old for new, old in zip(moved, value, strict=True)):
+def _mapped_sequence(value: list[Any] | tuple[Any, ...], leaf: Callable[[Any], Any]) -> Any:
+    changed = [mapped(item, leaf) for item in value]
+    if all(new is old for new, old in zip(changed, value, strict=True)):
         return value
     if isinstance(value, list):
         result = copy.copy(value)
-        result[:] = moved
+        result[:] = changed
         return result
     if hasattr(value, "_make"):
-        return value._make(moved)
-    return type(value)(moved)
+        return value._make(changed)
+    return type(value)(changed)
 
 
-def _moved_dataclass(value: Any, device: torch.device, non_blocking: bool) -> Any:  # noqa: FBT001
+def _mapped_dataclass(value: Any, leaf: Callable[[Any], Any]) -> Any:
     result = value
     for field in fields(value):
         old = getattr(value, field.name, None)
-        new = _moved(old, device, non_blocking)
+        new = mapped(old, leaf)
         if new is old:
             continue
         if result is value:

@@ -62,13 +62,13 @@ def test_full_precision_changes_and_installs_nothing(backend: Backend) -> None:
 
 
 def test_converting_keeps_parameters_the_same_objects(
-    backend: Backend, declared_precision: str
+    device_backend: Backend, declared_precision: str
 ) -> None:
     """Ties between modules, and optimizers that exist already, go on working.
 
     R: P4, P5
     """
-    precision = backend.precision(declared_precision)
+    precision = device_backend.precision(declared_precision)
     module = perceptron()
     before = list(module.parameters())
     converted = precision.convert(precision.convert(module))
@@ -253,12 +253,14 @@ def test_backward_runs_outside_of_autocast(
     assert not any(seen), f"P8: backward runs outside of autocast in {declared_precision!r}"
 
 
-def test_the_state_of_a_precision_can_be_saved(backend: Backend, declared_precision: str) -> None:
+def test_the_state_of_a_precision_can_be_saved(
+    device_backend: Backend, declared_precision: str
+) -> None:
     """JSON values and tensors only; and an empty state changes nothing.
 
     R: P13
     """
-    precision = backend.precision(declared_precision)
+    precision = device_backend.precision(declared_precision)
     state = precision.state_dict()
     for key, value in state.items():
         if not isinstance(value, torch.Tensor):
@@ -267,12 +269,12 @@ def test_the_state_of_a_precision_can_be_saved(backend: Backend, declared_precis
     assert set(precision.state_dict()) == set(state), "P13: an empty state changes nothing"
 
 
-def test_a_precision_pickles(backend: Backend, declared_precision: str) -> None:
+def test_a_precision_pickles(device_backend: Backend, declared_precision: str) -> None:
     """It goes to other processes as part of a plan.
 
     R: P16
     """
-    precision = backend.precision(declared_precision)
+    precision = device_backend.precision(declared_precision)
     copy = pickle.loads(pickle.dumps(precision))  # noqa: S301 - made in this line
     assert copy.name == declared_precision, "P16: a precision pickles, and keeps its name"
     with copy.forward():

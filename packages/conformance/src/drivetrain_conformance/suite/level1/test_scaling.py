@@ -265,17 +265,21 @@ def comparable(state: dict[str, Any]) -> dict[str, Any]:
     return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in state.items()}
 
 
-def test_the_state_of_something_else_is_refused(backend: Backend, scaled_precision: str) -> None:
+def test_the_state_of_something_else_is_refused(
+    device_backend: Backend, scaled_precision: str
+) -> None:
     """It would be a scale of nobody knows what.
 
     R: P13
     """
     rule = "P13: a state of something else is a CheckpointError"
     with refused(CheckpointError, naming="state|checkpoint", rule=rule):
-        backend.precision(scaled_precision).load_state_dict({"no-such-key": 1.0})
+        device_backend.precision(scaled_precision).load_state_dict({"no-such-key": 1.0})
 
 
-def test_an_update_before_any_backward_is_refused(backend: Backend, scaled_precision: str) -> None:
+def test_an_update_before_any_backward_is_refused(
+    device_backend: Backend, scaled_precision: str
+) -> None:
     """Gradients that were not scaled would be divided by the scale.
 
     R: P14
@@ -285,14 +289,16 @@ def test_an_update_before_any_backward_is_refused(backend: Backend, scaled_preci
     optimizer = torch.optim.SGD(module.parameters(), lr=LR)
     rule = "P14: an update before any backward through the precision is a UserCodeError"
     with refused(UserCodeError, naming="backward", rule=rule):
-        backend.precision(scaled_precision).step([optimizer], lambda: None)
+        device_backend.precision(scaled_precision).step([optimizer], lambda: None)
 
 
-def test_parameters_in_half_precision_are_refused(backend: Backend, scaled_precision: str) -> None:
+def test_parameters_in_half_precision_are_refused(
+    device_backend: Backend, scaled_precision: str
+) -> None:
     """There would be nothing that a scale could save.
 
     R: P15
     """
     rule = f"P15: parameters in float16 are refused in {scaled_precision!r}"
     with refused(UnsupportedError, naming="float16", rule=rule):
-        backend.precision(scaled_precision).convert(perceptron().half())
+        device_backend.precision(scaled_precision).convert(perceptron().half())
