@@ -14,6 +14,7 @@ from drivetrain_toolkit.collectives import LocalCollectives, TorchCollectives
 from drivetrain_toolkit.precision import make_precision
 from drivetrain_toolkit.specs import PRECISIONS
 from drivetrain_toolkit.strategies import DDPStrategy, SingleDeviceStrategy
+from drivetrain_toolkit.tuned import Tuned
 
 from drivetrain_cuda import FACTS
 from drivetrain_cuda.accelerator import CudaAccelerator
@@ -72,13 +73,17 @@ class CudaBackend:
         return TorchCollectives(world, name, device=device if name == "nccl" else None)
 
     def strategy(self, name: str, context: StrategyContext) -> Strategy:
-        """The strategy of that name. Raises ``UnsupportedError`` for one that is not declared."""
+        """The strategy of that name, which copies batches on a stream of their own.
+
+        Raises:
+            UnsupportedError: It is not declared.
+        """
         if name not in STRATEGIES:
             raise UnsupportedError(
                 f"The 'cuda' backend was asked for strategy {name!r}, which it does not declare.",
                 f"Use one of: {listed(STRATEGIES)}.",
             )
-        return STRATEGIES[name]()(context)
+        return Tuned(STRATEGIES[name]())(context)
 
     def launcher(self, name: str) -> Launcher | None:
         """Forking that refuses when it cannot work; the shared launchers for the rest."""
