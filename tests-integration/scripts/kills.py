@@ -35,6 +35,9 @@ EPOCHS = 2
 #: How a run trains; each is compared with an undisturbed run of its own.
 VARIANTS: dict[str, dict[str, Any]] = {
     "every step": {"checkpoint": {"every_n_train_steps": 1, "save_top_k": 2, "save_last": True}},
+    "in the background": {
+        "checkpoint": {"every_n_train_steps": 2, "save_top_k": 2, "asynchronous": True},
+    },
     "best of validations": {
         "checkpoint": {"monitor": "val_loss", "save_top_k": 2, "save_last": True},
         "trainer": {"val_check_interval": 3},

@@ -6,9 +6,15 @@ belongs to one rank (random numbers, unfinished epoch metrics) under that rank's
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from drivetrain_interfaces import CheckpointError, ModelState
+import torch
+from drivetrain_interfaces import (
+    CheckpointError,
+    ModelState,
+    SupportsBackgroundSave,
+    UnsupportedError,
+)
 from drivetrain_interfaces.discovery import take_inventory
 
 from drivetrain import pointers
@@ -16,12 +22,14 @@ from drivetrain.exchange import gather_objects
 from drivetrain.seeding import rng_state, set_rng_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
-    from drivetrain_interfaces import CheckpointIO
+    from drivetrain_interfaces import CheckpointIO, PendingSave
 
     from drivetrain.loop import FitRun
     from drivetrain.runtime import Stack
+
+T = TypeVar("T")
 
 _PARTS = ("module", "optimizers", "schedulers", "precision", "loop", "ranks", "data", "callbacks")
 
@@ -59,10 +67,37 @@ def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
 
 def write_checkpoint(tree: Mapping[str, Any], path: str, stack: Stack) -> None:
     """Write on rank 0. An error there is raised on every rank, so that none waits for ever."""
+    _on_rank_0(lambda: stack.checkpoint_io.save(tree, path), path, stack)
+
+
+def begin_checkpoint(tree: Mapping[str, Any], path: str, stack: Stack) -> PendingSave | None:
+    """Begin to write on rank 0, where what is returned says how it ends; None on other ranks.
+
+    Raises:
+        UnsupportedError: The checkpoint IO does not save in the background.
+        CheckpointError: Something cannot be encoded; also on the other ranks.
+    """
+    checkpoint_io = stack.checkpoint_io
+    if not isinstance(checkpoint_io, SupportsBackgroundSave):
+        raise UnsupportedError(
+            f"{path!r} was to be saved in the background, and {type(checkpoint_io).__name__} saves "
+            "only while training waits.",
+            "Save without asynchronous, or use a checkpoint IO with begin_save.",
+        )
+    # The state of the strategy is a copy already (rule S29); the rest may belong to somebody.
+    owned = {
+        key: part if key in {"module", "optimizers"} else _copied(part)
+        for key, part in tree.items()
+    }
+    return _on_rank_0(lambda: checkpoint_io.begin_save(owned, path, staged=True), path, stack)
+
+
+def _on_rank_0(act: Callable[[], T], path: str, stack: Stack) -> T | None:
     problem: Exception | None = None
+    done: T | None = None
     if stack.world.is_main:
         try:
-            stack.checkpoint_io.save(tree, path)
+            done = act()
         except Exception as error:  # noqa: BLE001 - raised below, here and on all other ranks
             problem = error
     said = stack.collectives.broadcast_object(None if problem is None else str(problem))
@@ -70,6 +105,18 @@ def write_checkpoint(tree: Mapping[str, Any], path: str, stack: Stack) -> None:
         raise problem
     if said is not None:
         raise CheckpointError(f"Rank 0 could not save {path!r}: {said}", "See rank 0's error.")
+    return done
+
+
+def _copied(part: Any) -> Any:
+    """The part with copies of its tensors, on the host."""
+    if isinstance(part, torch.Tensor):
+        return part.detach().to("cpu", copy=True)
+    if type(part) is dict:
+        return {key: _copied(item) for key, item in part.items()}
+    if type(part) is list or type(part) is tuple:
+        return type(part)(_copied(item) for item in part)
+    return part
 
 
 def read_checkpoint(path: str, checkpoint_io: CheckpointIO | None = None) -> dict[str, Any]:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from datetime import timedelta
 
     import torch
-    from drivetrain_interfaces import CheckpointIO, Collectives
+    from drivetrain_interfaces import CheckpointIO, Collectives, PendingSave
 
     from drivetrain.callbacks.base import Callback
     from drivetrain.loggers.base import Logger
@@ -289,15 +289,36 @@ class Trainer:
             CheckpointError: Something in the state cannot be encoded.
             StorageError: It cannot be written.
         """
+        run, tree = self._collected(path, weights_only=weights_only)
+        snapshot.write_checkpoint(tree, os.fspath(path), run.stack)
+
+    def begin_checkpoint(
+        self, path: str | os.PathLike[str], *, weights_only: bool = False
+    ) -> PendingSave | None:
+        """Save while training goes on: return as soon as the state is copied. Every rank calls it.
+
+        Returns:
+            On rank 0 what says when it is durable, or raises what went wrong; None on other ranks.
+
+        Raises:
+            UserCodeError: No fit is running.
+            UnsupportedError: The checkpoint IO saves only while training waits.
+            CheckpointError: Something in the state cannot be encoded.
+        """
+        run, tree = self._collected(path, weights_only=weights_only)
+        return snapshot.begin_checkpoint(tree, os.fspath(path), run.stack)
+
+    def _collected(
+        self, path: str | os.PathLike[str], *, weights_only: bool
+    ) -> tuple[FitRun, dict[str, Any]]:
         if self._run is None:
             raise UserCodeError(
-                f"save_checkpoint({os.fspath(path)!r}) was called while no fit is running.",
-                "Call it from a hook, or add a ModelCheckpoint callback.",
+                f"A checkpoint was to be saved to {os.fspath(path)!r} while no fit is running.",
+                "Call save_checkpoint from a hook, or add a ModelCheckpoint callback.",
             )
         progress = self._run.progress
         self._run.losses.check(progress.epoch, progress.attempts)
-        tree = snapshot.collect(self._run, weights_only=weights_only)
-        snapshot.write_checkpoint(tree, os.fspath(path), self._run.stack)
+        return self._run, snapshot.collect(self._run, weights_only=weights_only)
 
     def explain(self) -> None:
         """Print the plan and, for every choice, candidates, evidence, winner and who asked."""

@@ -8,7 +8,12 @@ import os
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from drivetrain_interfaces import ConfigurationError, StorageError
+from drivetrain_interfaces import (
+    CheckpointError,
+    ConfigurationError,
+    StorageError,
+    SupportsBackgroundSave,
+)
 from drivetrain_interfaces.errors import listed
 
 from drivetrain.callbacks.base import Callback, Moment
@@ -21,6 +26,8 @@ from drivetrain.pointers import absolute, is_pointer, is_remote, point
 
 if TYPE_CHECKING:
     from datetime import timedelta
+
+    from drivetrain_interfaces import PendingSave
 
     from drivetrain.module import Module
     from drivetrain.trainer import Trainer
@@ -38,6 +45,21 @@ class _Verdict(NamedTuple):
     score: float | None = None
     wait: bool = False
     missing: tuple[str, ...] | None = None
+    failed: str | None = None
+
+
+class _Flight(NamedTuple):
+    """A checkpoint that is being written, on rank 0.
+
+    Attributes:
+        save: Says how it goes.
+        new: What it will be.
+        before: What was kept before.
+    """
+
+    save: PendingSave
+    new: Saved
+    before: Kept
 
 
 class ModelCheckpoint(Callback):
@@ -65,6 +87,9 @@ class ModelCheckpoint(Callback):
         save_weights_only: Leave out what only a resumed run needs.
         save_on_interrupt: Save when a signal stops the fit.
         auto_insert_metric_name: Whether ``{step}`` becomes ``step=5`` rather than ``5``.
+        asynchronous: Go on training while a checkpoint is written, one at a time. The state is
+            copied to the host first. How it went is looked at after each window; the fit does not
+            end before the last one is durable.
 
     Raises:
         ConfigurationError: An argument has a value that means nothing.
@@ -88,6 +113,7 @@ class ModelCheckpoint(Callback):
         save_weights_only: bool = False,
         save_on_interrupt: bool = True,
         auto_insert_metric_name: bool = True,
+        asynchronous: bool = False,
     ) -> None:
         seconds = train_time_interval.total_seconds() if train_time_interval else 0.0
         _check(save_top_k, every_n_train_steps, every_n_epochs, seconds)
@@ -97,6 +123,7 @@ class ModelCheckpoint(Callback):
         self.save_last = save_last
         self.save_weights_only = save_weights_only
         self.auto_insert_metric_name = auto_insert_metric_name
+        self.asynchronous = asynchronous
         self._asked = None if dirpath is None else absolute(dirpath)
         self._dirpath = self._asked
         self._monitor = None if monitor is None else Monitor(monitor, mode, type(self).__name__)
@@ -111,6 +138,7 @@ class ModelCheckpoint(Callback):
         self._keep = Retention(save_top_k, mode == "max", monitor is not None, save_last)
         self._active = save_top_k != 0 or save_last
         self._watches_steps = self._active and self._when.watches_steps()
+        self._flight: _Flight | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -119,6 +147,7 @@ class ModelCheckpoint(Callback):
             self._monitor.reset()
         self._kept: Kept = ()
         self._leaving: Kept = ()
+        self._flight = None
         self._restored = False
         self._epoch = 0
         self._began = -1
@@ -129,6 +158,7 @@ class ModelCheckpoint(Callback):
         self._clock_step = 0
         self._clock = time.monotonic()
         self._link_path: str | None = None
+        self._failure: Exception | None = None
 
     # What was saved
     @property
@@ -180,12 +210,19 @@ class ModelCheckpoint(Callback):
 
     @property
     def last_model_path(self) -> str:
-        """The newest checkpoint, empty if there is none."""
-        return self._kept[-1].path if self._kept else ""
+        """The newest checkpoint that is durable, empty if there is none."""
+        kept = self._durable()
+        return kept[-1].path if kept else ""
+
+    def _durable(self) -> Kept:
+        """What is kept, without what is still being written; instead, what that is to replace."""
+        if self._flight is None:
+            return self._kept
+        return self._flight.before
 
     def _ranked(self) -> Kept:
         """The best, without those whose score is not a number."""
-        best = self._keep.best(self._kept)
+        best = self._keep.best(self._durable())
         numbers = [each for each in best if each.score is not None and not math.isnan(each.score)]
         return tuple(numbers if self._keep.top_k < 0 else numbers[: self._keep.top_k])
 
@@ -201,6 +238,12 @@ class ModelCheckpoint(Callback):
         self._reset()
         if not self._active:
             return
+        if self.asynchronous and not isinstance(trainer.checkpoint_io, SupportsBackgroundSave):
+            raise ConfigurationError(
+                f"{type(self).__name__} was asked to save with asynchronous=True, and "
+                f"{type(trainer.checkpoint_io).__name__} saves only while training waits.",
+                "Leave asynchronous out, or use a checkpoint IO with begin_save.",
+            )
         found: tuple[str, tuple[str, str] | None] | None = None
         if trainer.is_global_zero:
             found = self._inspect(trainer)
@@ -233,6 +276,8 @@ class ModelCheckpoint(Callback):
         Raises:
             ConfigurationError: The monitored metric is not logged.
         """
+        if self._flight is not None and self._flight.save.done():
+            self._land(trainer)
         if moment is _STEP:
             if self._watches_steps and self._due_at_step(trainer):
                 self._consider(trainer, moment)
@@ -275,6 +320,10 @@ class ModelCheckpoint(Callback):
         """Let rank 0 decide, and do what it says on every rank."""
         verdict = self._decide(trainer, moment) if trainer.is_global_zero else None
         verdict = _Verdict(*trainer.collectives.broadcast_object(verdict))
+        if verdict.failed is not None:
+            raise self._failure or CheckpointError(
+                f"Rank 0 could not save a checkpoint: {verdict.failed}", "See rank 0's error."
+            )
         if verdict.missing is not None and self._monitor is not None:
             raise self._monitor.missing(list(verdict.missing))
         if verdict.wait:
@@ -307,6 +356,11 @@ class ModelCheckpoint(Callback):
         forced = moment is Moment.INTERRUPTED or (moment is Moment.END and score is None)
         if not (forced or self._keep.wants(self._kept, score)):
             return _Verdict(score=score)
+        try:
+            self._land(trainer)  # one at a time, and its successor may take its place
+        except (CheckpointError, StorageError) as error:
+            self._failure = error
+            return _Verdict(failed=str(error))
         return _Verdict(self._path(trainer, score), score)
 
     def _warn_of_no_score(self, trainer: Trainer, monitor: Monitor) -> None:
@@ -362,13 +416,59 @@ class ModelCheckpoint(Callback):
         self._kept, self._leaving = self._keep.after(self._kept, new)
         self._saved_at = (trainer.global_step, self._epoch)
         try:
-            trainer.save_checkpoint(new.path, weights_only=self.save_weights_only)
+            if self.asynchronous:
+                save = trainer.begin_checkpoint(new.path, weights_only=self.save_weights_only)
+                self._flight = None if save is None else _Flight(save, new, before[0])
+            else:
+                trainer.save_checkpoint(new.path, weights_only=self.save_weights_only)
         except BaseException:
             self._kept, self._saved_at = before
             raise
         self._clock = time.monotonic()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not self.asynchronous:
             self._settle(trainer, new)
+
+    def _land(self, trainer: Trainer) -> None:
+        """Wait for what is being written, and do what follows. Raises what went wrong."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            flight.save.wait()
+        except BaseException:
+            # What was to make room for it stays.
+            self._kept, self._leaving = flight.before, ()
+            raise
+        self._settle(trainer, flight.new)
+
+    def on_train_end(self, trainer: Trainer, module: Module) -> None:
+        """Return once the last checkpoint is durable.
+
+        Raises:
+            CheckpointError: It could not be saved; on every rank.
+            StorageError: The same.
+        """
+        if not self.asynchronous:
+            return
+        problem: Exception | None = None
+        try:
+            self._land(trainer)
+        except (CheckpointError, StorageError) as error:
+            problem = error
+        said = trainer.collectives.broadcast_object(None if problem is None else str(problem))
+        if problem is not None:
+            raise problem
+        if said is not None:
+            raise CheckpointError(
+                f"Rank 0 could not save the last checkpoint: {said}", "See rank 0's error."
+            )
+
+    def teardown(self, trainer: Trainer, module: Module, stage: str) -> None:
+        """Also after an error or a second signal: what is being written is written to its end."""
+        try:
+            self._land(trainer)
+        except (CheckpointError, StorageError) as error:
+            _log.error("The checkpoint that was being written is lost: %s", error)
 
     def _settle(self, trainer: Trainer, new: Saved) -> None:
         """Point the link to what is now durable, and then remove what has made room for it."""
