@@ -226,3 +226,20 @@ def _as_if_alone() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(before)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Any]:
+    """``worlds(size)``: processes on CPUs that answer cases, started when they are first needed."""
+    from drivetrain_conformance.support.crew import Crew
+
+    made: dict[int, Crew] = {}
+
+    def of(size: int) -> Crew:
+        if size not in made or made[size].broken:
+            made[size] = Crew("cpu", None, tuple(range(size)))
+        return made[size]
+
+    yield of
+    for crew in made.values():
+        crew.stop()

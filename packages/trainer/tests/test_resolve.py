@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from drivetrain_interfaces.accelerator import DeviceFacts
-from drivetrain_interfaces.backend import BackendSpec, Probe, StrategySpec
+from drivetrain_interfaces.backend import EAGER, BackendSpec, Probe, StrategySpec
 from drivetrain_interfaces.capabilities import Capabilities, Feature, StepHook
 from drivetrain_interfaces.cluster import World
 from drivetrain_interfaces.contract import CONTRACT
@@ -23,6 +23,7 @@ from drivetrain_interfaces.errors import (
 )
 from drivetrain_interfaces.precision import PrecisionPolicy
 
+from drivetrain.names import table
 from drivetrain.plan import ClusterFinding, Machine, Request, Want
 from drivetrain.resolve import check_wants, resolve
 
@@ -372,16 +373,19 @@ class TestStrategy:
     def test_unknown_name_suggests_the_nearest(self):
         assert "Use 'ddp'" in refused(NotFoundError, strategy="ddq")
 
-    def test_known_one_of_a_later_release_says_to_upgrade(self):
+    def test_known_one_of_a_later_release_says_to_upgrade(self, monkeypatch):
+        entry = {"distribution": "drivetrain-toolkit", "since": "0.2"}
+        monkeypatch.setitem(table()["strategies"], "zero9", entry)
         where = machine(distributions=(("drivetrain-toolkit", "0.1.0.dev0"),))
-        text = refused(NotFoundError, where, strategy="fsdp")
+        text = refused(NotFoundError, where, strategy="zero9")
         assert "Upgrade drivetrain-toolkit to 0.2 (installed: 0.1.0.dev0)." in text
 
     def test_known_one_that_is_not_installed_says_what_to_install(self):
-        assert "Install drivetrain-toolkit 0.2" in refused(NotFoundError, strategy="fsdp")
+        assert "Install drivetrain-toolkit." in refused(NotFoundError, strategy="fsdp")
 
-    def test_removed_one_says_what_took_its_place(self):
-        assert "use strategy='ddp'" in refused(NotFoundError, strategy="dp")
+    def test_removed_one_says_what_took_its_place(self, monkeypatch):
+        monkeypatch.setitem(table()["strategies"], "gone", {"removed": "Use strategy='ddp'."})
+        assert "Use strategy='ddp'" in refused(NotFoundError, strategy="gone")
 
     @pytest.mark.parametrize(
         ("name", "launcher", "options"),
@@ -397,6 +401,21 @@ class TestStrategy:
     def test_old_names_are_spelled_out(self, name, launcher, options):
         plan = plan_of(strategy=name, devices=2)
         assert (plan.strategy, plan.launcher, plan.options) == ("ddp", launcher, options)
+        assert sum(f"strategy={name!r} is an older name" in notice for notice in plan.notices) == 1
+
+    def test_a_name_whose_place_another_took_is_read_as_that(self):
+        sharded = StrategySpec("zero1", CONTRACT, frozenset({"acme"}), ALL, never_loaded)
+        where = machine(strategies=(StrategyEntry("zero1", "toolkit 1.0", sharded),))
+        plan = plan_of(where=where, strategy="ddp_sharded_spawn", devices=2)
+        assert (plan.strategy, plan.launcher) == ("zero1", "spawn")
+        assert any("read as strategy='zero1', launcher='spawn'" in one for one in plan.notices)
+
+    def test_a_strategy_for_eager_devices_fits_those_that_say_so(self):
+        spec = StrategySpec("wide", CONTRACT, frozenset({EAGER}), ALL, never_loaded)
+        where = machine(strategies=(StrategyEntry("wide", "toolkit 1.0", spec),))
+        assert "runs on eager devices" in refused(UnsupportedError, where, strategy="wide")
+        where = machine(backend(eager=True), strategies=where.inventory.strategies)
+        assert plan_of(where=where, strategy="wide").strategy == "wide"
 
     def test_old_name_against_another_launcher_conflicts(self):
         text = refused(ConfigurationError, strategy="ddp_spawn", launcher="fork", devices=2)

@@ -137,7 +137,7 @@ def find_target(backend: str, strategy: str | None = None) -> Target:
     if strategy is None or strategy in spec.strategies:
         return Target(found, None, strategy)
     extra = _find(STRATEGIES, strategy, StrategySpec)
-    if spec.facts.device_type not in extra.value.device_types:
+    if not extra.value.runs_on(spec.facts):
         raise TargetError(
             f"The strategy {strategy!r} of {extra.owner} runs on {listed(extra.value.device_types)}"
             f", and the backend {backend!r} has {spec.facts.device_type!r} devices."

@@ -36,6 +36,7 @@ FACTS = DeviceFacts(
     interactive_launcher="spawn",
     default_devices=1,
     indexed=True,
+    eager=True,
 )
 
 

@@ -32,6 +32,7 @@ FACTS = DeviceFacts(
     interactive_launcher="fork",
     default_devices=1,
     indexed=False,
+    eager=True,
 )
 
 

@@ -25,6 +25,8 @@ class DeviceFacts:
         interactive_launcher: The same at a prompt or in a notebook.
         default_devices: How many devices ``"auto"`` means; 0 means all that the probe found.
         indexed: Whether devices have an index (``acme:1``) or not (``cpu``).
+        eager: Whether torch runs these devices operation by operation and ``torch.distributed``
+            serves them, so that a strategy that was written for ``EAGER`` devices works here.
     """
 
     device_type: str
@@ -36,6 +38,7 @@ class DeviceFacts:
     interactive_launcher: str = "spawn"
     default_devices: int = 0
     indexed: bool = True
+    eager: bool = False
 
 
 @runtime_checkable

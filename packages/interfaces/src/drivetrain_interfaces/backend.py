@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from drivetrain_interfaces.devices import parse_devices
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.launcher import Launcher
     from drivetrain_interfaces.precision import Precision
     from drivetrain_interfaces.strategy import Strategy, StrategyContext, StrategyFactory
+
+
+#: Among the device types of a strategy: every family whose facts say ``eager``.
+EAGER: Final = "eager"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,8 @@ class StrategySpec:
     Attributes:
         name: What users ask for in ``strategy=``. Equal to the entry point's name.
         contract: The contract the package was written for.
-        device_types: The device types that it runs on.
+        device_types: The device types that it runs on; ``EAGER`` among them stands for all that
+            torch runs operation by operation.
         capabilities: What it can do; a run has what both it and the backend can.
         load: Imports the engine and returns the factory.
     """
@@ -83,6 +88,12 @@ class StrategySpec:
     device_types: frozenset[str]
     capabilities: Capabilities
     load: Callable[[], StrategyFactory]
+
+    def runs_on(self, facts: DeviceFacts) -> bool:
+        """Whether it runs on a family of devices with these facts."""
+        return facts.device_type in self.device_types or (
+            facts.eager and EAGER in self.device_types
+        )
 
 
 @runtime_checkable

@@ -5,3 +5,10 @@ may use what they declare. Each part lives in a module of its own; import from t
 
     from drivetrain_toolkit.strategies import DDPStrategy
 """
+
+from __future__ import annotations
+
+from drivetrain_interfaces.contract import ContractVersion
+
+#: The contract that the strategies of this package were written for.
+CONTRACT = ContractVersion(0, 1)

@@ -10,7 +10,7 @@ from drivetrain_interfaces import ConfigurationError, UnsupportedError
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from drivetrain_interfaces import Clip
 
@@ -41,13 +41,20 @@ def total_norm(grads: list[Tensor]) -> Tensor:
     return norm
 
 
-def clip_by_norm(grads: list[Tensor], limit: float) -> Tensor:
+def clip_by_norm(
+    grads: list[Tensor], limit: float, measure: Callable[[list[Tensor]], Tensor] = total_norm
+) -> Tensor:
     """Scale all gradients in place so that their total norm is at most ``limit``.
+
+    Args:
+        grads: The gradients, or this rank's parts of them.
+        limit: The largest norm.
+        measure: Takes the norm; of all ranks' parts, if these are parts.
 
     Returns:
         The total norm before clipping: a scalar on the device.
     """
-    norm = total_norm(grads)
+    norm = measure(grads)
     if grads:
         factor = torch.clamp(limit / (norm + _TINY), max=1.0)
         scale(grads, factor)

@@ -1,12 +1,27 @@
 """What the parts in this package can do, as data. Importing this module loads no torch.
 
 A backend builds its ``Capabilities`` from these sets, and adds or removes what its devices change:
-``Feature.SYNC_BATCHNORM``, for one, is in none of them, because it depends on the device.
+``Feature.SYNC_BATCHNORM``, for one, is in none of its sets, because it depends on the device.
+
+Strategies that any eager device can run are registered here once, so that no backend has to name
+them: a backend whose facts say ``eager`` has them all.
 """
 
 from __future__ import annotations
 
-from drivetrain_interfaces.capabilities import Feature
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from drivetrain_interfaces.backend import EAGER, StrategySpec
+from drivetrain_interfaces.capabilities import Capabilities, Feature
+
+from drivetrain_toolkit import CONTRACT
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from drivetrain_interfaces import StrategyFactory
 
 #: What ``SingleDeviceStrategy`` does on every device that torch runs eagerly.
 SINGLE_DEVICE_FEATURES = frozenset(
@@ -25,6 +40,10 @@ SINGLE_DEVICE_FEATURES = frozenset(
 #: What ``DDPStrategy`` does: all of it, in several processes.
 DDP_FEATURES = SINGLE_DEVICE_FEATURES | {Feature.SEVERAL_PROCESSES}
 
+#: What strategies do of which no rank holds everything. An optimizer with a closure would need to
+#: look at the whole, and code that calls backward itself would need to know what is where.
+SHARDED_FEATURES = DDP_FEATURES - {Feature.CLOSURE, Feature.MANUAL_STEP} | {Feature.SYNC_BATCHNORM}
+
 #: What ``make_precision`` can make.
 PRECISIONS = frozenset(
     {
@@ -36,3 +55,38 @@ PRECISIONS = frozenset(
         "bf16-true",
     }
 )
+
+_FEATURES = {
+    "zero1": SHARDED_FEATURES,
+    "zero2": SHARDED_FEATURES,
+    "fsdp": SHARDED_FEATURES,
+}
+
+#: What each registered strategy can do; a run has what both it and its backend can.
+CAPABILITIES: Mapping[str, Capabilities] = {
+    name: Capabilities(features=features, precisions=PRECISIONS)
+    for name, features in _FEATURES.items()
+}
+
+
+def _load(target: str) -> StrategyFactory:
+    module, _, name = target.partition(":")
+    factory: StrategyFactory = getattr(
+        import_module(f"drivetrain_toolkit.strategies.{module}"), name
+    )()
+    return factory
+
+
+def _spec(name: str, target: str) -> StrategySpec:
+    return StrategySpec(
+        name=name,
+        contract=CONTRACT,
+        device_types=frozenset({EAGER}),
+        capabilities=CAPABILITIES[name],
+        load=partial(_load, target),
+    )
+
+
+ZERO1 = _spec("zero1", "zero1:Zero1Strategy")
+ZERO2 = _spec("zero2", "fsdp:Zero2Strategy")
+FSDP = _spec("fsdp", "fsdp:FSDPStrategy")

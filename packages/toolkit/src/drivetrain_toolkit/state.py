@@ -12,18 +12,43 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.optim import Optimizer
 
-
-def gather_module(module: nn.Module) -> dict[str, Any]:
-    """The module's ``state_dict`` as copies on the host, so that training may go on meanwhile."""
-    return {name: _copied(value) for name, value in module.state_dict().items()}
+    Whole = Callable[[Tensor], Tensor]
+    Place = Callable[[Tensor, Tensor], Tensor]
 
 
-def restore_module(module: nn.Module, state: Mapping[str, Any], *, strict: bool = True) -> None:
+def gather_module(
+    module: nn.Module, *, whole: Whole | None = None, keep: bool = True
+) -> dict[str, Any]:
+    """The module's ``state_dict`` as copies on the host, so that training may go on meanwhile.
+
+    Args:
+        module: The module.
+        whole: From what a rank holds of a tensor to the whole of it, if ranks hold parts. Called on
+            every rank for the same tensors in the same order.
+        keep: False on a rank that only helps others to get theirs; it returns nothing.
+    """
+    made = {name: _copied(value, whole, keep=keep) for name, value in module.state_dict().items()}
+    return made if keep else {}
+
+
+def restore_module(
+    module: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    place: Place | None = None,
+) -> None:
     """Load what ``gather_module`` returned, from whatever device.
+
+    Args:
+        module: The module.
+        state: What was gathered.
+        strict: Whether all names must be the same on both sides.
+        place: From a whole tensor and what is held here to what this rank holds of the former.
 
     Raises:
         CheckpointError: Names are missing or unknown (only if ``strict``), or shapes differ.
@@ -39,8 +64,13 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], *, strict: bool 
             f"The checkpoint does not fit the module: shapes differ for {', '.join(differing)}.",
             "Build the module with the hyperparameters that it was saved with.",
         )
+    given = dict(state)
+    if place is not None:
+        for name, value in state.items():
+            if _has_shape(value) and _has_shape(mine.get(name)):
+                given[name] = place(value.detach().clone(), mine[name])
     try:
-        missing, unknown = module.load_state_dict(dict(state), strict=False)
+        missing, unknown = module.load_state_dict(given, strict=False)
     except RuntimeError as error:  # a module that checks more than names and shapes
         raise CheckpointError(
             f"{type(module).__name__} refused the checkpoint's state.",
@@ -50,8 +80,12 @@ def restore_module(module: nn.Module, state: Mapping[str, Any], *, strict: bool 
         _refuse_names("module", missing, unknown)
 
 
-def gather_optimizer(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+def gather_optimizer(
+    optimizer: Optimizer, module: nn.Module, *, whole: Whole | None = None, keep: bool = True
+) -> dict[str, Any]:
     """The optimizer's state as copies on the host, keyed by names of ``module``'s parameters.
+
+    ``whole`` and ``keep`` are as for ``gather_module``.
 
     Returns:
         ``{"state": {parameter name: {key: value}}, "groups": [{"parameters": [names], …}]}``. A
@@ -66,7 +100,7 @@ def gather_optimizer(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
     saved = optimizer.state_dict()
     return {
         "state": {
-            flat[key] if isinstance(key, int) else key: _copied(value)
+            flat[key] if isinstance(key, int) else key: _copied(value, whole, keep=keep)
             for key, value in saved["state"].items()
         },
         "groups": [
@@ -80,9 +114,16 @@ def gather_optimizer(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
 
 
 def restore_optimizer(
-    optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any], *, strict: bool = True
+    optimizer: Optimizer,
+    module: nn.Module,
+    saved: Mapping[str, Any],
+    *,
+    strict: bool = True,
+    place: Place | None = None,
 ) -> None:
     """Load what ``gather_optimizer`` returned, from whatever device.
+
+    ``place`` is as for ``restore_module``, for what has the shape of its parameter.
 
     Raises:
         CheckpointError: Its groups hold other parameters than the optimizer's (only if ``strict``;
@@ -98,16 +139,24 @@ def restore_optimizer(
     index_of = {name: index for index, name in enumerate(n for group in names for n in group)}
     current = optimizer.state_dict()
     merged = dict(current["state"])
+    changed = set()
     for name, value in state.items():
         if name in index_of or name in merged:
             merged[index_of.get(name, name)] = value
+            changed.add(index_of.get(name, name))
     hyper = []
     for number, group in enumerate(current["param_groups"]):
         source = saved["groups"][number] if number < len(groups) else group
         values = {key: item for key, item in source.items() if key != "parameters"}
         hyper.append({**values, "params": group["params"]})
     # Torch keeps tensors that it need not convert, and training would then change the caller's.
-    optimizer.load_state_dict({"state": _copied(merged), "param_groups": _copied(hyper)})
+    merged = {key: _copied(value) if key in changed else value for key, value in merged.items()}
+    if place is not None:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        for key in changed:
+            if isinstance(key, int):
+                merged[key] = _placed(merged[key], held[key], place)
+    optimizer.load_state_dict({"state": merged, "param_groups": _copied(hyper)})
 
 
 def restore_optimizers(
@@ -116,8 +165,11 @@ def restore_optimizers(
     saved: Sequence[Mapping[str, Any]],
     *,
     strict: bool = True,
+    place: Place | None = None,
 ) -> None:
     """Restore several, in order. Nothing happens if either side has none.
+
+    ``place`` is as for ``restore_module``.
 
     Raises:
         CheckpointError: Their numbers differ, or one does not fit.
@@ -130,7 +182,7 @@ def restore_optimizers(
             "Configure the same optimizers, or load the weights alone.",
         )
     for optimizer, state in zip(optimizers, saved, strict=True):
-        restore_optimizer(optimizer, module, state, strict=strict)
+        restore_optimizer(optimizer, module, state, strict=strict, place=place)
 
 
 def _names_by_group(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
@@ -187,16 +239,30 @@ def _has_shape(value: Any) -> bool:
     return isinstance(value, Tensor) and not is_lazy(value)
 
 
-def _copied(value: Any) -> Any:
+def _placed(value: Any, parameter: Tensor, place: Place) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: place(item, parameter)
+        if isinstance(item, Tensor) and item.shape == parameter.shape
+        else item
+        for key, item in value.items()
+    }
+
+
+def _copied(value: Any, whole: Whole | None = None, *, keep: bool = True) -> Any:
     """A copy on the host that shares no memory with ``value``.
 
     Tensors stay tensors, also those of one number, and become contiguous so that they can be
     written as they are.
     """
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        value = value.detach() if whole is None else whole(value.detach())
+        if not keep:
+            return None
+        return value.to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
-        return {key: _copied(item) for key, item in value.items()}
+        return {key: _copied(item, whole, keep=keep) for key, item in value.items()}
     if type(value) is list or type(value) is tuple:
-        return type(value)(_copied(item) for item in value)
+        return type(value)(_copied(item, whole, keep=keep) for item in value)
     return copy.deepcopy(value)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from drivetrain_interfaces import (
@@ -32,7 +32,14 @@ from drivetrain_toolkit.checks import (
     usable_loss,
     usable_weight,
 )
-from drivetrain_toolkit.clipping import check_clip, clip_by_norm, clip_by_value, gradients, scale
+from drivetrain_toolkit.clipping import (
+    check_clip,
+    clip_by_norm,
+    clip_by_value,
+    gradients,
+    scale,
+    total_norm,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
@@ -50,6 +57,30 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _NOTHING = nullcontext()
+
+
+class Update(Protocol):
+    """How optimizers update; ``Precision.step`` is one."""
+
+    def __call__(self, optimizers: Sequence[Optimizer], prepare: Callable[[], None]) -> bool:
+        """Unscale, call ``prepare``, update; whether the update was applied."""
+        ...
+
+
+class GradientParts(Protocol):
+    """The gradients of which this rank holds parts, and other ranks the others."""
+
+    def gradients(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+        """This rank's parts, as plain tensors that share memory with the gradients."""
+        ...
+
+    def pending(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+        """What a window has left so far, before ranks average it."""
+        ...
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        """The total norm over all ranks' parts; ``grads`` is what ``gradients`` returned last."""
+        ...
 
 
 def _no_sync() -> AbstractContextManager[Any]:
@@ -82,6 +113,8 @@ class EagerTrainStep(_Attachable):
         no_sync: Makes the context of microbatches that are not the last of their window.
         collectives: How ranks communicate; only used for weights over ranks.
         world_size: Number of ranks whose gradients ``forward`` averages.
+        update: Called instead of ``precision.step``, with the same arguments.
+        parts: Where gradients are looked for and measured, if this rank holds parts of them.
     """
 
     __slots__ = (
@@ -96,8 +129,11 @@ class EagerTrainStep(_Attachable):
         "_collectives",
         "_forward",
         "_grad_norm",
+        "_gradients",
         "_no_sync",
+        "_norm",
         "_optimizers",
+        "_pending",
         "_prepare",
         "_update",
         "_weigh_ranks",
@@ -114,6 +150,8 @@ class EagerTrainStep(_Attachable):
         no_sync: Callable[[], AbstractContextManager[Any]] = _no_sync,
         collectives: Collectives | None = None,
         world_size: int = 1,
+        update: Update | None = None,
+        parts: GradientParts | None = None,
     ) -> None:
         check_spec(spec, precision)
         hooks = spec.hooks
@@ -121,7 +159,10 @@ class EagerTrainStep(_Attachable):
         self._no_sync = no_sync
         self._autocast = precision.forward
         self._backward = precision.backward
-        self._update = precision.step
+        self._update = update or precision.step
+        self._gradients = gradients if parts is None else parts.gradients
+        self._pending = gradients if parts is None else parts.pending
+        self._norm = total_norm if parts is None else parts.norm
         self._optimizers = tuple(spec.optimizers)
         self._before_backward = hooks.before_backward
         self._after_backward = hooks.after_backward
@@ -222,7 +263,7 @@ class EagerTrainStep(_Attachable):
             if last:
                 unit = self._unit(sum_of_weights)
                 if count > 1:
-                    scale(gradients(self._optimizers), unit * reference)
+                    scale(self._pending(self._optimizers), unit * reference)
                 share = unit * w
             else:
                 share = w / (reference or 1.0)
@@ -259,7 +300,7 @@ class EagerTrainStep(_Attachable):
         if self._before_step is not None:
             self._before_step(self._optimizers)
         if self._clip is not None:
-            self._grad_norm = _clip(self._optimizers, self._clip)
+            self._grad_norm = _clip(self._gradients(self._optimizers), self._clip, self._norm)
 
 
 class ClosureTrainStep(EagerTrainStep):
@@ -432,7 +473,7 @@ class EagerManualStep(_Attachable):
         def prepare() -> None:
             nonlocal norm
             if clip is not None:
-                norm = _clip((optimizer,), clip)
+                norm = _clip(gradients((optimizer,)), clip, total_norm)
 
         applied = self._update((optimizer,), prepare)
         home = parameters[0].device if parameters else None
@@ -447,6 +488,8 @@ def make_train_step(
     no_sync: Callable[[], AbstractContextManager[Any]] = _no_sync,
     collectives: Collectives | None = None,
     world_size: int = 1,
+    update: Update | None = None,
+    parts: GradientParts | None = None,
 ) -> EagerTrainStep:
     """The eager train step that suits the spec's optimizers; arguments as for ``EagerTrainStep``.
 
@@ -473,12 +516,15 @@ def make_train_step(
         no_sync=no_sync,
         collectives=collectives,
         world_size=world_size,
+        update=update,
+        parts=parts,
     )
 
 
-def _clip(optimizers: Sequence[Optimizer], clip: Clip) -> Tensor | None:
-    grads = gradients(optimizers)
+def _clip(
+    grads: list[Tensor], clip: Clip, measure: Callable[[list[Tensor]], Tensor]
+) -> Tensor | None:
     if clip.by == "norm":
-        return clip_by_norm(grads, clip.value)
+        return clip_by_norm(grads, clip.value, measure)
     clip_by_value(grads, clip.value)
     return None

@@ -15,8 +15,10 @@ from drivetrain_interfaces.launcher import Launcher
 from drivetrain_interfaces.precision import Precision
 from drivetrain_interfaces.strategy import Strategy
 
+from drivetrain.names import table
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from drivetrain_interfaces.errors import DrivetrainError
 
@@ -311,10 +313,12 @@ def _spell_out_strategy(asks: Asks) -> None:
     ask = asks.strategy
     if ask is None:
         return
-    launcher = None
+    name, launcher = "ddp", None
     if isinstance(ask.value, str):
         name, launcher = _split_name(ask.value, asks.options)
         asks.strategy = Ask(name, ask.by)
+        if name != ask.value:
+            asks.notices.append(_read_as(ask.by, name, launcher, asks.options))
     elif isinstance(getattr(ask.value, "launcher", None), str):
         launcher = ask.value.launcher
     if launcher is None:
@@ -324,14 +328,25 @@ def _spell_out_strategy(asks: Asks) -> None:
             ConfigurationError(
                 f"{ask.by} includes the launcher {launcher!r}, and {asks.launcher.by} was asked "
                 "for too.",
-                "Use strategy='ddp', and choose the launcher by launcher= alone.",
+                f"Use strategy={name!r}, and choose the launcher by launcher= alone.",
             )
         )
         return
     asks.launcher = Ask(launcher, ask.by)
 
 
+def _read_as(by: str, name: str, launcher: str | None, options: Mapping[str, Any]) -> str:
+    parts = [f"strategy={name!r}"]
+    parts += [f"launcher={launcher!r}"] if launcher else []
+    parts += [f"the option {key}={value!r}" for key, value in options.items()]
+    return f"{by} is an older name, and read as {', '.join(parts)}."
+
+
 def _split_name(name: str, options: dict[str, Any]) -> tuple[str, str | None]:
+    older = table()["strategies"].get(name, {})
+    if "instead" in older:
+        options.update(older.get("options", {}))
+        return older["instead"], older.get("launcher")
     if not name.startswith("ddp_"):
         return name, None
     base, launcher = name, None

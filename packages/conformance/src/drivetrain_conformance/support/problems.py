@@ -86,9 +86,15 @@ def joined(parts: Sequence[Microbatch]) -> Microbatch:
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; if ranks hold parts of it, all of them call this and have the whole."""
+    made: Tensor = getattr(tensor, "full_tensor", lambda: tensor)()
+    return made
+
+
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters on the host, read from the module itself."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in module.named_parameters()}
+    return {n: whole(p.detach()).to("cpu", copy=True) for n, p in module.named_parameters()}
 
 
 def sgd(module: nn.Module, lr: float = 0.5, **options: Any) -> torch.optim.SGD:

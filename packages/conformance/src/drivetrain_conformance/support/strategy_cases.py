@@ -24,6 +24,7 @@ from drivetrain_conformance.support.problems import (
     parameters_of,
     perceptron,
     samples,
+    whole,
 )
 from drivetrain_conformance.support.setups import Setup, make_setup
 
@@ -113,7 +114,7 @@ def see_gradients(rank: Rank, name: str) -> dict[str, Tensor]:
     def look(_: Any) -> None:
         for key, parameter in module.named_parameters():
             if parameter.grad is not None:
-                seen[key] = parameter.grad.detach().to("cpu", copy=True)
+                seen[key] = whole(parameter.grad.detach()).to("cpu", copy=True)
 
     setup = set_up(rank, name, hooks=StepHooks(before_optimizer_step=look), clip=None)
     module = setup.module
@@ -172,15 +173,15 @@ def prepare(rank: Rank, name: str) -> dict[str, Tensor]:
 
 
 def evaluate_alone(rank: Rank, name: str) -> float | None:
-    """The first rank evaluates, and the others do not."""
+    """All enter an evaluation, and the first rank alone has a batch."""
     setup = set_up(rank, name)
     setup.train(windows_of(rank.world.rank, 1)[:1])
     answer = None
-    if rank.world.rank == 0:
-        spec = EvalSpec(setup.module, mean_square, inference_mode=False)
-        with setup.strategy.eval_step(spec) as step:
+    spec = EvalSpec(setup.module, mean_square, inference_mode=False)
+    with setup.strategy.eval_step(spec) as step:
+        if rank.world.rank == 0:
             answer = float(step(setup.strategy.feed(microbatches(1)[0])))
-    rank.collectives.barrier()
+        rank.collectives.barrier()
     return answer
 
 
@@ -258,12 +259,21 @@ def build_twice_and_close(rank: Rank, name: str) -> dict[str, Any]:
     setup.strategy.close()
     alone = rank.world.rank == 0
     if alone:  # a hook that was left behind would wait for the others
-        module = setup.module
-        features, targets = (t.to(rank.device) for t in microbatches(1)[0])
-        made = module(features.to(next(iter(module.parameters())).dtype))
-        (made - targets).square().mean().backward()
+        use_alone(setup.module, rank.device)
     rank.collectives.barrier()
     return answer
+
+
+def use_alone(module: nn.Module, device: torch.device) -> None:
+    """Forward and backward on one rank; of a module that is not whole, an error at once."""
+    features, targets = (t.to(device) for t in microbatches(1)[0])
+    parts = [p for p in module.parameters() if hasattr(p, "full_tensor")]
+    try:
+        made = module(features.to(next(iter(module.parameters())).dtype))
+        (made - targets).square().mean().backward()
+    except RuntimeError:
+        if not parts:
+            raise
 
 
 def bound_in_this_world(rank: Rank, name: str) -> str:

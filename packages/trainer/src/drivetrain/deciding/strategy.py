@@ -113,7 +113,7 @@ def _strategy_verdict(
 ) -> str:
     if strategy is None:
         return f"skipped: {problem}"
-    if spec.facts.device_type not in strategy.device_types:
+    if not strategy.runs_on(spec.facts):
         return f"runs on {listed(strategy.device_types)} only"
     return "fits"
 
@@ -141,7 +141,7 @@ def _find_strategy(draft: Draft, spec: BackendSpec, name: str, by: str) -> Engin
         assert entry.problem is not None, "an entry without a spec has a problem"
         draft.refuse(entry.problem)
         return None
-    if spec.facts.device_type not in entry.spec.device_types:
+    if not entry.spec.runs_on(spec.facts):
         draft.refuse(
             UnsupportedError(
                 f"{by} was asked for; {entry.owner} runs on {listed(entry.spec.device_types)} "

@@ -285,7 +285,7 @@ def test_evaluation_waits_for_nobody(several: AnyCrew, strategy_name: str) -> No
 
     R: S24
     """
-    rule = "S24: an evaluation step never waits for another rank"
+    rule = "S24: a call of an evaluation step never waits for another rank"
     answers = several.run(f"{CASES}:evaluate_alone", rule, name=strategy_name)
     assert answers[0] is not None, rule
 

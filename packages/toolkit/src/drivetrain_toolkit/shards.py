@@ -1,0 +1,182 @@
+"""Gradients of which each rank holds a part: their norm, and whether all of them are finite.
+
+Parts are ``DTensor``s, as FSDP and tensor parallelism make them. What is done here is done on the
+plain tensors inside, which costs one reduction for each way in which tensors are divided, and no
+more host time than for tensors that are whole.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from drivetrain_interfaces import Precision
+    from torch.distributed import ProcessGroup
+    from torch.optim import Optimizer
+
+    from drivetrain_toolkit.steps import Update
+
+
+def part_of(tensor: Tensor) -> Tensor:
+    """This rank's part, sharing memory; the tensor itself if it is whole."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001 - to_local() makes an autograd view
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank; every rank calls it. The tensor itself if it is whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.device.type != tensor.device_mesh.device_type:  # parts that wait on the host
+        tensor = cast("DTensor", tensor.to(tensor.device_mesh.device_type))
+    return tensor.full_tensor()
+
+
+def like(whole: Tensor, wanted: Tensor) -> Tensor:
+    """``whole``, which every rank has, divided and placed like ``wanted``. Sends nothing."""
+    if not isinstance(wanted, DTensor):
+        return whole
+    mesh = wanted.device_mesh
+    home = wanted.device if wanted.device.type != "cpu" else torch.device(mesh.device_type)
+    made = distribute_tensor(whole.to(home), mesh, wanted.placements, src_data_rank=None)
+    return made.to(wanted.device)
+
+
+class Shards:
+    """The gradients of a sharded module, for ``make_train_step(parts=…)``.
+
+    Args:
+        everywhere: Groups over which plain tensors are different parts too, as pipeline stages are.
+    """
+
+    def __init__(self, everywhere: Sequence[ProcessGroup] = ()) -> None:
+        self._everywhere = tuple(everywhere)
+        self._divided: list[tuple[ProcessGroup, ...]] = []
+        self._groups: dict[Any, tuple[ProcessGroup, ...]] = {}
+
+    def gradients(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+        """This rank's parts, as plain tensors that share memory with the gradients."""
+        grads = {
+            id(p): p.grad
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        }
+        self._divided = [self._divided_over(grad) for grad in grads.values()]
+        return [part_of(grad) for grad in grads.values()]
+
+    def pending(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+        """What a window has left so far, before ranks average it."""
+        return self.gradients(optimizers)
+
+    def norm(self, grads: list[Tensor]) -> Tensor:
+        """The 2-norm of all parts of all ranks: in float32 at least, equal on every rank."""
+        home = grads[0].device if grads else torch.device("cpu")
+        total = torch.zeros((), device=home)
+        # Every rank holds the same names, and so goes through the same groups in the same order.
+        kinds: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+        for grad, groups in zip(grads, self._divided, strict=True):
+            kinds.setdefault(groups, []).append(grad)
+        for groups, members in kinds.items():
+            squared = _squared_norm([grad for grad in members if grad.numel()], home)
+            for group in groups:
+                dist.all_reduce(squared, group=group)
+            total = total + squared
+        return total.sqrt()
+
+    def _divided_over(self, grad: Tensor) -> tuple[ProcessGroup, ...]:
+        if not isinstance(grad, DTensor):
+            return self._everywhere
+        key = (id(grad.device_mesh), grad.placements)
+        if key not in self._groups:
+            mesh = grad.device_mesh
+            self._groups[key] = self._everywhere + tuple(
+                mesh.get_group(dim)
+                for dim, placement in enumerate(grad.placements)
+                if not placement.is_replicate()
+            )
+        return self._groups[key]
+
+
+def _squared_norm(grads: Sequence[Tensor], home: torch.device) -> Tensor:
+    if not grads:
+        return torch.zeros((), device=home)
+    wide = torch.promote_types(grads[0].dtype, torch.float32)
+    norms = torch._foreach_norm(list(grads), 2.0, dtype=wide)  # noqa: SLF001 - documented, underscore or not
+    squared: Tensor = torch.stack([norm.to(home) for norm in norms]).square().sum().float()
+    return squared
+
+
+def shared_update(precision: Precision, group: ProcessGroup | None) -> Update:
+    """``precision.step`` for ranks that hold different parts, so that all apply or none does.
+
+    A precision that scales the loss looks for gradients that are not finite, and finds those of its
+    rank. With this, what one rank finds, all find: each gets one more gradient, that is not finite
+    if any gradient of any rank is not. It never waits for the device.
+
+    Args:
+        precision: The numeric format.
+        group: The ranks; None means all.
+    """
+    if not precision.policy.loss_scaling:
+        return precision.step
+    return partial(_update_together, precision, group)
+
+
+def _update_together(
+    precision: Precision,
+    group: ProcessGroup | None,
+    optimizers: Sequence[Optimizer],
+    prepare: Callable[[], None],
+) -> bool:
+    views = [_Parts(optimizer) for optimizer in optimizers]
+    home = part_of(optimizers[0].param_groups[0]["params"][0]).device
+    flag = _not_finite([view for each in views for view in each.views], home)
+    dist.all_reduce(flag, group=group)
+    witness = torch.zeros_like(flag)
+    witness.grad = flag
+    views[0].param_groups[0]["params"].append(witness)
+    return precision.step(cast("list[Optimizer]", views), prepare)
+
+
+def _not_finite(views: Sequence[Tensor], home: torch.device) -> Tensor:
+    """Zero if all gradients are finite, else NaN."""
+    full = [view.grad for view in views if view.grad is not None and view.numel()]
+    if not full:
+        return torch.zeros((), device=home)
+    norms = torch._foreach_norm(full, float("inf"))  # noqa: SLF001 - documented, underscore or not
+    return torch.stack([norm.to(home, torch.float32) for norm in norms]).sum() * 0.0
+
+
+class _Parts:
+    """An optimizer as a precision sees it: plain tensors whose gradients are this rank's parts."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = optimizer
+        self.views: list[Tensor] = []
+        self.param_groups: list[dict[str, Any]] = []
+        for group in optimizer.param_groups:
+            views = [_view(p) for p in group["params"] if p.grad is not None]
+            self.views += views
+            self.param_groups.append({**group, "params": views})
+
+    def step(self) -> None:
+        self._optimizer.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+def _view(parameter: Tensor) -> Tensor:
+    view = part_of(parameter).detach()
+    assert parameter.grad is not None
+    view.grad = part_of(parameter.grad)
+    return view

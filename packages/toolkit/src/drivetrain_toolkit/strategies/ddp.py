@@ -1,0 +1,247 @@
+"""Distributed data parallel: every process holds the whole module, and gradients are averaged."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from drivetrain_interfaces import ConfigurationError, UnsupportedError, UserCodeError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from drivetrain_toolkit.steps import EagerTrainStep, make_train_step
+from drivetrain_toolkit.strategies.eager import EagerStrategy, broadcast_module, with_options
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
+
+    from drivetrain_interfaces import ManualSpec, ManualStep, StepSpec, TrainStep
+
+    from drivetrain_toolkit.steps import Update
+
+#: Newer versions of torch have another name for it, and warn about the older one.
+_BUFFERS_ARGUMENT = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel.__init__).parameters
+    else "broadcast_buffers"
+)
+
+
+@dataclass(frozen=True)
+class DDPOptions:
+    """The options of ``DDPStrategy``, as one value."""
+
+    find_unused_parameters: bool
+    static_graph: bool
+    gradient_as_bucket_view: bool
+    bucket_cap_mb: float | None
+    broadcast_buffers: bool
+    comm_hook: Callable[[Any, Any], Any] | None
+    comm_state: Any
+
+
+class DDPStrategy(EagerStrategy):
+    """Several processes, one device each, gradients averaged while backward still runs.
+
+    To use another wrapper, subclass it and override ``configure_ddp``. In a world of one nothing is
+    wrapped.
+
+    Args:
+        find_unused_parameters: Look for parameters that a loss does not reach, in every step.
+        static_graph: The graph is the same in every step, which allows torch to do more.
+        gradient_as_bucket_view: Gradients are views into the buckets, which saves memory.
+        bucket_cap_mb: Megabytes that are reduced at once; None is torch's choice.
+        broadcast_buffers: Rank 0's buffers go to all ranks before each forward.
+        comm_hook: What reduces a bucket instead of the average, as for ``register_comm_hook``.
+        comm_state: The first argument of ``comm_hook``.
+    """
+
+    name = "ddp"
+
+    _options: Any
+    _model: Any = None
+    _loss: _LossModule | None = None
+    _step: EagerTrainStep | None = None
+
+    def __init__(
+        self,
+        *,
+        find_unused_parameters: bool = False,
+        static_graph: bool = False,
+        gradient_as_bucket_view: bool = False,
+        bucket_cap_mb: float | None = None,
+        broadcast_buffers: bool = True,
+        comm_hook: Callable[[Any, Any], Any] | None = None,
+        comm_state: Any = None,
+    ) -> None:
+        self._options = DDPOptions(
+            find_unused_parameters,
+            static_graph,
+            gradient_as_bucket_view,
+            bucket_cap_mb,
+            broadcast_buffers,
+            comm_hook,
+            comm_state,
+        )
+
+    @property
+    def model(self) -> nn.Module:
+        """What is to be wrapped: a module whose forward takes a microbatch and returns its loss."""
+        if self._loss is None:
+            raise ConfigurationError(
+                f"{type(self).__name__}.model was read before there was a train step.",
+                "Read it in configure_ddp.",
+            )
+        return self._loss
+
+    @property
+    def device_ids(self) -> list[int] | None:
+        """For a wrapper that asks for it: this process's device, or None if devices have no index.
+
+        Not needed: batches are on the device before the wrapper sees them.
+        """
+        index = self.device.index
+        return None if index is None else [index]
+
+    @property
+    def ddp_kwargs(self) -> dict[str, Any]:
+        """The options of this strategy as arguments for torch's wrapper."""
+        options = self._options
+        return {
+            "find_unused_parameters": options.find_unused_parameters,
+            "static_graph": options.static_graph,
+            "gradient_as_bucket_view": options.gradient_as_bucket_view,
+            "bucket_cap_mb": options.bucket_cap_mb,
+            _BUFFERS_ARGUMENT: options.broadcast_buffers,
+        }
+
+    def configure_ddp(self) -> None:
+        """Set ``self._model`` to a wrapper of ``self.model``. Override it to use another one.
+
+        The wrapper is called with a microbatch, returns the loss, and has ``no_sync()``.
+        """
+        self._model = DistributedDataParallel(self.model, **self.ddp_kwargs)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Convert, move, and take over the parameters and buffers of rank 0, in place.
+
+        Raises:
+            UnsupportedError: Synchronized batch normalization was asked for and the device cannot.
+        """
+        self._release()
+        module = super().prepare(module)
+        if self.context.world.size > 1:
+            broadcast_module(module, self.context.collectives)
+        return module
+
+    def train_step(self, spec: StepSpec) -> TrainStep:
+        """Wrap, and build the train step. A step that was built before cannot be called any more.
+
+        Raises:
+            UserCodeError: ``configure_ddp`` was overridden and set no usable wrapper.
+            UnsupportedError: A static graph was asked for together with weighted accumulation.
+        """
+        self._release()
+        world = self.context.world
+        if world.size == 1:
+            if type(self).configure_ddp is not DDPStrategy.configure_ddp or self._options.comm_hook:
+                warnings.warn(
+                    f"{type(self).__name__} wraps nothing in a world of one process: "
+                    "configure_ddp and comm_hook are not called.",
+                    stacklevel=2,
+                )
+            return super().train_step(spec)
+        self._optimizers = tuple(spec.optimizers)
+        self._loss = _LossModule(spec.module, spec.loss)
+        self.configure_ddp()
+        wrapper = self._checked_wrapper()
+        self._step = make_train_step(
+            spec,
+            self.context.precision,
+            forward=wrapper,
+            no_sync=self._no_sync(spec, wrapper),
+            collectives=self.context.collectives,
+            world_size=world.size,
+            update=self._update(spec),
+        )
+        return self._step
+
+    def manual_step(self, spec: ManualSpec) -> ManualStep:
+        """Build the manual step. It averages gradients at each update and needs no wrapper."""
+        self._release()
+        return super().manual_step(spec)
+
+    def close(self) -> None:
+        """Drop the wrapper, whose hooks go with it, and release the device."""
+        self._release()
+        super().close()
+
+    def _configure(self, options: Mapping[str, Any]) -> None:
+        self._options = with_options(self.name, self._options, options)
+
+    def _update(self, spec: StepSpec) -> Update | None:
+        """How the optimizers update, if not as the precision does it."""
+        return None
+
+    def _checked_wrapper(self) -> Any:
+        wrapper = self._model
+        if not callable(wrapper) or not hasattr(wrapper, "no_sync"):
+            raise UserCodeError(
+                f"{type(self).__name__}.configure_ddp left a {type(wrapper).__name__} in "
+                "self._model, not a wrapper with no_sync().",
+                "Set self._model to a DistributedDataParallel around self.model.",
+            )
+        if self._options.comm_hook is not None:
+            wrapper.register_comm_hook(self._options.comm_state, self._options.comm_hook)
+        return wrapper
+
+    def _no_sync(self, spec: StepSpec, wrapper: Any) -> Callable[[], AbstractContextManager[Any]]:
+        if not self._options.static_graph or spec.accumulate == 1:
+            no_sync: Callable[[], AbstractContextManager[Any]] = wrapper.no_sync
+            return no_sync
+        if spec.weight is not None:
+            raise UnsupportedError(
+                "static_graph=True was asked for together with accumulation by weight, which "
+                "need different first backward passes.",
+                "Leave static_graph out, or accumulate without weights.",
+            )
+        return _AllButFirst(wrapper.no_sync)
+
+    def _release(self) -> None:
+        """Drop every reference to the wrapper: its hooks live exactly as long as it does."""
+        if self._step is not None:
+            self._step.release()
+        self._step = self._model = self._loss = None
+
+
+class _LossModule(nn.Module):
+    """The user's module and loss function as one module, so that a wrapper sees one forward."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self._function = loss
+
+    def forward(self, microbatch: Any) -> Tensor:
+        return self._function(self.module, microbatch)
+
+
+class _AllButFirst:
+    """Torch records a static graph in a backward that reduces, so the very first one must.
+
+    What it reduced is equal on all ranks and passes unchanged through the window's own reduction.
+    """
+
+    def __init__(self, no_sync: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._no_sync = no_sync
+        self._first = True
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        if self._first:
+            self._first = False
+            return nullcontext()
+        return self._no_sync()

@@ -1,0 +1,276 @@
+"""What strategies with an eager step share, and the one for a single device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+
+import torch
+from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
+from torch import nn
+
+from drivetrain_toolkit.checks import needs_closure
+from drivetrain_toolkit.state import (
+    gather_module,
+    gather_optimizer,
+    restore_module,
+    restore_optimizers,
+)
+from drivetrain_toolkit.steps import EagerEvalStep, EagerManualStep, make_train_step
+from drivetrain_toolkit.trees import move
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from _typeshed import DataclassInstance
+    from drivetrain_interfaces import (
+        Collectives,
+        EvalSpec,
+        EvalStep,
+        ManualSpec,
+        ManualStep,
+        StepSpec,
+        StrategyContext,
+        TrainStep,
+    )
+    from typing_extensions import Self
+
+T = TypeVar("T", bound="DataclassInstance")
+
+#: Device types whose tensors torch's ``SyncBatchNorm`` refuses.
+_NO_SYNC_BATCHNORM = frozenset({"cpu", "mps"})
+
+
+class EagerStrategy:
+    """What strategies with an eager step share. Subclass one of those below, or this one."""
+
+    name: ClassVar[str] = "eager"
+
+    _bound: StrategyContext | None = None
+    _device: torch.device
+    _module: nn.Module | None = None
+    _optimizers: tuple[torch.optim.Optimizer, ...] = ()
+
+    def __call__(self, context: StrategyContext) -> Self:
+        """A copy that is bound to this process and its device; this object stays as it is.
+
+        Raises:
+            ConfigurationError: ``context.options`` holds what this strategy does not take.
+        """
+        strategy = copy.copy(self)
+        strategy._configure(context.options)  # noqa: SLF001 - our own copy
+        strategy._bound = context  # noqa: SLF001
+        strategy._device = context.accelerator.activate(  # noqa: SLF001
+            context.device_index, context.world.local_size
+        )
+        strategy._check()  # noqa: SLF001
+        return strategy
+
+    @property
+    def context(self) -> StrategyContext:
+        """What this strategy was bound to. Raises ``ConfigurationError`` if it was not."""
+        if self._bound is None:
+            raise ConfigurationError(
+                f"{type(self).__name__} was used before it was bound to a process.",
+                "Call it with a StrategyContext, and use what that returns.",
+            )
+        return self._bound
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches of this process go."""
+        assert self.context
+        return self._device
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Convert to the precision and move to the device, in place.
+
+        Raises:
+            UnsupportedError: Synchronized batch normalization was asked for and the device cannot.
+        """
+        self._make_whole(module)
+        module = self.context.precision.convert(module)
+        if self.context.sync_batchnorm:
+            module = self._with_sync_batchnorm(module)
+        self._module = moved(module, self.device)
+        return self._module
+
+    def feed(self, batch: Any) -> Any:
+        """The batch on the device; the same object if it is there already."""
+        return move(batch, self._device)
+
+    def train_step(self, spec: StepSpec) -> TrainStep:
+        """Build the train step."""
+        self._optimizers = tuple(spec.optimizers)
+        return make_train_step(spec, self.context.precision)
+
+    def eval_step(self, spec: EvalSpec) -> EvalStep:
+        """Build an evaluation step: on the module itself, never through a wrapper."""
+        return EagerEvalStep(spec, self.context.precision)
+
+    def manual_step(self, spec: ManualSpec) -> ManualStep:
+        """Build the manual step."""
+        self._optimizers = tuple(spec.optimizers)
+        return EagerManualStep(
+            spec,
+            self.context.precision,
+            collectives=self.context.collectives if self.context.world.size > 1 else None,
+        )
+
+    def state(self) -> ModelState:
+        """The whole state, on every rank, as copies on the host."""
+        module = self._prepared()
+        return ModelState(
+            module=gather_module(module),
+            optimizers=[gather_optimizer(item, module) for item in self._optimizers],
+            precision=self.context.precision.state_dict(),
+        )
+
+    def load(self, state: ModelState, *, strict: bool = True) -> None:
+        """Restore a state; optimizers only if both it and the step that was built have some.
+
+        Raises:
+            CheckpointError: Something does not fit; names what.
+        """
+        module = self._prepared()
+        restore_module(module, state.module, strict=strict)
+        restore_optimizers(self._optimizers, module, state.optimizers, strict=strict)
+        self.context.precision.load_state_dict(state.precision)
+
+    def close(self) -> None:
+        """Undo wrapping and release the device. Safe to call twice."""
+        if self._bound is not None:
+            self._bound.accelerator.close()
+
+    def _check(self) -> None:
+        """Refuse a process, a world or options that this strategy cannot serve."""
+
+    def _refuse_other_devices(self) -> None:
+        """Stop on a family of devices that torch does not run operation by operation."""
+        facts = self.context.accelerator.facts
+        if not getattr(facts, "eager", False):
+            raise UnsupportedError(
+                f"The strategy {self.name!r} was asked for on {facts.device_type!r} devices, whose "
+                "backend does not declare that torch runs them operation by operation.",
+                "Use a strategy that the backend brings, or set eager=True in its DeviceFacts.",
+            )
+
+    def _refuse_manual(self) -> NoReturn:
+        raise UnsupportedError(
+            f"A manual step was asked for, which the strategy {self.name!r} does not offer.",
+            "Use automatic optimization, or 'ddp'.",
+        )
+
+    def _refuse_closures(self, spec: StepSpec) -> None:
+        for optimizer in spec.optimizers:
+            if needs_closure(optimizer):
+                raise UnsupportedError(
+                    f"{type(optimizer).__name__} evaluates the loss itself, and with the strategy "
+                    f"{self.name!r} no rank holds all that it looks at.",
+                    "Use another optimizer, or 'ddp'.",
+                )
+
+    def _configure(self, options: Mapping[str, Any]) -> None:
+        if options:
+            raise ConfigurationError(
+                f"The strategy {self.name!r} takes no options, and {sorted(options)} were given.",
+                "Leave them out.",
+            )
+
+    def _prepared(self) -> nn.Module:
+        if self._module is None:
+            raise ConfigurationError(
+                f"The strategy {self.name!r} was asked for its state before it had a module.",
+                "Call prepare(module) first.",
+            )
+        return self._module
+
+    def _make_whole(self, module: nn.Module) -> None:
+        """Gather what an earlier strategy divided, and this one wants whole."""
+        divided = [p for p in module.parameters() if hasattr(p, "device_mesh")]
+        if not divided:
+            return
+        if self.context.world.size != divided[0].device_mesh.size():
+            raise ConfigurationError(
+                f"{type(module).__name__} holds one rank's parts from a run of "
+                f"{divided[0].device_mesh.size()} processes, and the strategy {self.name!r} has "
+                f"{self.context.world.size}, so that the others cannot send theirs.",
+                "Load the run's checkpoint into a new module.",
+            )
+        from drivetrain_toolkit.strategies.units import make_whole
+
+        make_whole(module)
+
+    def _with_sync_batchnorm(self, module: nn.Module) -> nn.Module:
+        if self.device.type in _NO_SYNC_BATCHNORM:
+            raise UnsupportedError(
+                "Batch statistics over all processes were asked for, which torch does not offer on "
+                f"{self.device.type!r} devices.",
+                "Set sync_batchnorm=False, or use group or layer normalization.",
+            )
+        if self.context.world.size == 1:
+            return module  # its statistics are all there are
+        converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
+        return converted
+
+
+class SingleDeviceStrategy(EagerStrategy):
+    """One process, one device, no wrapper."""
+
+    name = "single_device"
+
+    def __call__(self, context: StrategyContext) -> Self:
+        """A bound copy. Raises ``UnsupportedError`` in a world of several processes."""
+        if context.world.size > 1:
+            raise UnsupportedError(
+                f"The strategy 'single_device' was asked for in a world of {context.world.size}, "
+                "whose models it would not keep equal.",
+                "Use 'ddp', or start one process.",
+            )
+        return super().__call__(context)
+
+
+def with_options(name: str, options: T, given: Mapping[str, Any]) -> T:
+    """A strategy's options with some replaced.
+
+    Args:
+        name: The strategy's, for messages.
+        options: A dataclass.
+        given: Values by name.
+
+    Raises:
+        ConfigurationError: It takes no option of that name.
+    """
+    known = [item.name for item in fields(options)]
+    if not given.keys() <= set(known):
+        raise ConfigurationError(
+            f"The strategy {name!r} was given the options {sorted(given)}; it takes "
+            f"{sorted(known)}.",
+            "Leave out the others.",
+        )
+    return replace(options, **given)
+
+
+def moved(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module on the device, in place; a parameter that has several names stays one.
+
+    Where tensors of the device cannot take the place of those that were there, torch makes new
+    parameters, one for each name.
+    """
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    module = module.to(device)
+    for first, *others in names.values():
+        for other in others:
+            owner, _, attribute = other.rpartition(".")
+            setattr(module.get_submodule(owner), attribute, module.get_parameter(first))
+    return module
+
+
+def broadcast_module(module: nn.Module, collectives: Collectives) -> None:
+    """Give every rank the parameters and buffers of rank 0, in place."""
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            tensor.copy_(collectives.broadcast(tensor.detach()))

@@ -1,0 +1,260 @@
+"""Optimizer state divided over ranks; parameters and gradients whole on each (ZeRO stage 1)."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
+
+from drivetrain_toolkit.specs import CAPABILITIES
+from drivetrain_toolkit.state import gather_module, gather_optimizer, restore_module
+from drivetrain_toolkit.state import restore_optimizers as restore_all
+from drivetrain_toolkit.strategies.ddp import DDPOptions, DDPStrategy
+
+with warnings.catch_warnings():
+    # The module compiles scripts for other optimizers, which newer versions of torch warn about.
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from drivetrain_interfaces import (
+        Collectives,
+        ManualSpec,
+        ManualStep,
+        StepSpec,
+        TrainStep,
+    )
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    from drivetrain_toolkit.steps import Update
+
+
+@dataclass(frozen=True)
+class _Zero1Options(DDPOptions):
+    parameters_as_bucket_view: bool = False
+
+
+class Zero1Strategy(DDPStrategy):
+    """DDP whose optimizer state is divided: each rank updates some parameters and sends them.
+
+    Torch's ``ZeroRedundancyOptimizer`` does it, around the optimizers that the user built: they
+    keep their groups, schedulers and hooks, and hold state for this rank's parameters only.
+
+    Args:
+        parameters_as_bucket_view: Parameters become views of one buffer per rank, which travels at
+            once instead of parameter by parameter.
+        options: Those of ``DDPStrategy``.
+    """
+
+    name = "zero1"
+    capabilities: ClassVar = CAPABILITIES["zero1"]
+
+    _divided: tuple[_Divided, ...] = ()
+
+    def __init__(self, *, parameters_as_bucket_view: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        mine = {item.name: getattr(self._options, item.name) for item in fields(DDPOptions)}
+        self._options = _Zero1Options(**mine, parameters_as_bucket_view=parameters_as_bucket_view)
+
+    def manual_step(self, spec: ManualSpec) -> ManualStep:
+        """Raises ``UnsupportedError``."""
+        self._refuse_manual()
+
+    def state(self) -> ModelState:
+        """The whole state on rank 0; the others help, and return an empty one."""
+        if not self._divided:
+            return super().state()
+        main = self.context.world.is_main
+        module = self._prepared()
+        return ModelState(
+            module=gather_module(module) if main else {},
+            optimizers=[
+                _gather(each, module, self.context.collectives, main=main) for each in self._divided
+            ],
+            precision=self.context.precision.state_dict(),
+        )
+
+    def load(self, state: ModelState, *, strict: bool = True) -> None:
+        """Restore a state of any strategy and world; each rank keeps what it updates.
+
+        Raises:
+            CheckpointError: Something does not fit; names what.
+        """
+        if not self._divided:
+            super().load(state, strict=strict)
+            return
+        module = self._prepared()
+        restore_module(module, state.module, strict=strict)
+        names = {id(p): name for name, p in module.named_parameters()}
+        everything = set(dict(module.named_parameters(remove_duplicate=False)))
+        mine = {names.get(id(p), "") for each in self._divided for p in each.owned()}
+        aliases = {
+            name
+            for name, p in module.named_parameters(remove_duplicate=False)
+            if names[id(p)] in mine
+        }
+        some = [
+            {
+                **saved,
+                "state": {
+                    name: value
+                    for name, value in saved["state"].items()
+                    if name in aliases or name not in everything
+                },
+            }
+            for saved in state.optimizers
+        ]
+        restore_all(self._optimizers, module, some, strict=strict)
+        self.context.precision.load_state_dict(state.precision)
+
+    def _check(self) -> None:
+        super()._check()
+        self._refuse_other_devices()
+
+    def train_step(self, spec: StepSpec) -> TrainStep:
+        """As for ``DDPStrategy``. Raises ``UnsupportedError`` if an optimizer needs a closure."""
+        self._refuse_closures(spec)
+        return super().train_step(spec)
+
+    def _update(self, spec: StepSpec) -> Update | None:
+        view = self._options.parameters_as_bucket_view
+        self._divided = tuple(_Divided(each, bucket_view=view) for each in spec.optimizers)
+        stepped = tuple(cast("Optimizer", _Stepped(each)) for each in self._divided)
+        return partial(_update, self.context.precision.step, stepped)
+
+    def _release(self) -> None:
+        super()._release()
+        self._divided = ()
+
+
+def _update(
+    step: Update,
+    stepped: Sequence[Optimizer],
+    _optimizers: Sequence[Optimizer],
+    prepare: Callable[[], None],
+) -> bool:
+    return step(stepped, prepare)
+
+
+class _Divided(ZeroRedundancyOptimizer):
+    """Torch's, around an optimizer object in the place of a class.
+
+    While it steps, the object's groups hold this rank's parameters only; otherwise all.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, bucket_view: bool) -> None:
+        self.whole = optimizer.param_groups
+        kinds = {(p.dtype, p.layout) for group in self.whole for p in group["params"]}
+        if len(kinds) > 1:
+            found = ", ".join(sorted(str(dtype) for dtype, _ in kinds))
+            raise UnsupportedError(
+                f"The strategy 'zero1' was given a {type(optimizer).__name__} over parameters of "
+                f"several kinds ({found}), and it divides one kind.",
+                "Give each kind an optimizer of its own, or use 'fsdp' or 'ddp'.",
+            )
+        self._count = sum(len(group["params"]) for group in self.whole)
+
+        def narrowed(groups: list[dict[str, Any]], **_: Any) -> Optimizer:
+            optimizer.param_groups = self.mine = groups
+            return optimizer
+
+        try:
+            super().__init__(
+                [dict(group) for group in self.whole],
+                cast("type[Optimizer]", narrowed),
+                parameters_as_bucket_view=bucket_view,
+            )
+        finally:
+            optimizer.param_groups = self.whole
+        # The user and schedulers write to the optimizer's own groups; torch reads these.
+        self.param_groups = self.whole
+
+    def owner(self, parameter: Tensor) -> int:
+        """The rank that updates a parameter."""
+        ranks: dict[Tensor, int] = self._param_to_rank  # type: ignore[attr-defined]
+        return ranks[parameter]
+
+    def owned(self) -> list[Tensor]:
+        """The parameters that this rank updates."""
+        return [p for group in self.mine for p in group["params"]]
+
+    def step(self, closure: Any = None, **_: Any) -> None:  # type: ignore[override]
+        """Update this rank's parameters and exchange all."""
+        if sum(len(group["params"]) for group in self.whole) != self._count:
+            raise ConfigurationError(
+                f"A parameter was added to a {type(self.optim).__name__} after the train step of "
+                "the strategy 'zero1' was built, so that no rank would update it.",
+                "Add it in configure_optimizers, frozen if need be.",
+            )
+        assert closure is None
+        self.optim.param_groups = self.mine
+        try:
+            super().step()
+        finally:
+            self.optim.param_groups = self.whole
+
+
+class _Stepped:
+    """An optimizer whose step is the divided one, for a precision that calls ``step()``."""
+
+    def __init__(self, divided: _Divided) -> None:
+        self._divided = divided
+        self._optimizer = divided.optim
+
+    def step(self) -> None:
+        self._divided.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+def _gather(
+    divided: _Divided, module: nn.Module, collectives: Collectives, *, main: bool
+) -> dict[str, Any]:
+    """The state of all ranks on the main one: what it lacks, its owner sends, tensor by tensor."""
+    optimizer = divided.optim
+    mine = gather_optimizer(optimizer, module)
+    names = {id(p): name for name, p in module.named_parameters()}
+    whole: dict[str, Any] = {k: v for k, v in mine["state"].items() if k not in names.values()}
+    for group in divided.whole:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            owner = divided.owner(parameter)
+            found = mine["state"].get(name) if owner == divided.rank else None
+            kept = _sent(found, owner, collectives, here=owner == divided.rank)
+            if kept is not None:
+                whole[name] = kept
+    return {**mine, "state": whole} if main else {}
+
+
+def _sent(
+    found: Mapping[str, Any] | None, owner: int, collectives: Collectives, *, here: bool
+) -> dict[str, Any] | None:
+    """The state of one parameter, from its owner to all; None if it has none."""
+    layout: Any = None
+    if here and found is not None:
+        layout = {
+            key: (tuple(v.shape), v.dtype, None)
+            if isinstance(v, torch.Tensor)
+            else (None, None, pickle.dumps(v))
+            for key, v in found.items()
+        }
+    layout = collectives.broadcast_object(layout, owner)
+    if layout is None:
+        return None
+    made: dict[str, Any] = {}
+    for key, (shape, dtype, value) in layout.items():
+        if shape is None:
+            made[key] = pickle.loads(value)  # noqa: S301 - from a rank of this very run
+            continue
+        mine = found[key] if found is not None else torch.empty(shape, dtype=dtype)
+        made[key] = collectives.broadcast(mine, owner)
+    return made

@@ -1,0 +1,241 @@
+"""What ranks do with a strategy in the tests of strategies. Runs in the processes of a crew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from drivetrain_conformance.support.problems import whole
+from drivetrain_interfaces import (
+    Clip,
+    DrivetrainError,
+    EvalSpec,
+    ModelState,
+    StepSpec,
+    StrategyContext,
+)
+from drivetrain_toolkit import strategies
+from torch import nn
+
+STEPS = 20
+ROWS = 4  # of a microbatch on one rank
+
+
+class Block(nn.Module):
+    """A residual layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.inner(x))
+
+
+class Model(nn.Module):
+    """Blocks between two layers. ``tied`` ones share a weight; nobody uses a ``spare``."""
+
+    def __init__(
+        self, width: int = 8, depth: int = 2, *, tied: bool = False, spare: bool = False
+    ) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, width, bias=False)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.last = nn.Linear(width, 4, bias=False)
+        if spare:
+            self.spare = nn.Linear(3, 3)
+        if tied:
+            self.blocks[1].inner.weight = self.blocks[0].inner.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def model(seed: int = 0, **settings: Any) -> Model:
+    """The same on every rank for the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Model(**settings)
+
+
+def loss_of(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    dtype = torch.promote_types(batch[1].dtype, torch.float32)
+    return (module(batch[0]).to(dtype) - batch[1]).square().mean()
+
+
+def batches(rank: int, count: int, rows: int = ROWS) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(7 + rank)
+    return [
+        (torch.randn(rows, 4, generator=generator), torch.randn(rows, 4, generator=generator))
+        for _ in range(count)
+    ]
+
+
+def joined(size: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What all ranks have, as batches of one process."""
+    by_rank = [batches(rank, count) for rank in range(size)]
+    return [
+        tuple(torch.cat(parts) for parts in zip(*row, strict=True))
+        for row in zip(*by_rank, strict=True)
+    ]
+
+
+OPTIMIZERS = {
+    "adamw": lambda m: [torch.optim.AdamW(m.parameters(), lr=0.01)],
+    "sgd": lambda m: [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5)],
+    "two": lambda m: [
+        torch.optim.AdamW(m.blocks.parameters(), lr=0.01),
+        torch.optim.SGD([*m.first.parameters(), *m.last.parameters()], lr=0.05),
+    ],
+}
+
+
+def bound(rank: Any, kind: str, options: dict[str, Any], precision: str = "32-true") -> Any:
+    """A strategy bound to this rank until the case ends."""
+    made = getattr(strategies, kind)(**options)(
+        StrategyContext(
+            accelerator=rank.accelerator,
+            device_index=rank.device_index,
+            world=rank.world,
+            collectives=rank.collectives,
+            precision=rank.precision(precision),
+        )
+    )
+    rank.made.append(made)
+    return made
+
+
+def reference(size: int, *, optimizer: str = "adamw", clip: Clip | None = None, **made: Any) -> Any:
+    """Parameters after training in one process on what all ranks have."""
+    module = model(**made)
+    optimizers = OPTIMIZERS[optimizer](module)
+    for batch in joined(size, STEPS):
+        loss_of(module, batch).backward()
+        if clip is not None and clip.by == "norm":
+            nn.utils.clip_grad_norm_(module.parameters(), clip.value)
+        elif clip is not None:
+            nn.utils.clip_grad_value_(module.parameters(), clip.value)
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def train(
+    rank: Any,
+    kind: str,
+    options: dict[str, Any] | None = None,
+    *,
+    optimizer: str = "adamw",
+    clip: Clip | None = None,
+    precision: str = "32-true",
+    made: dict[str, Any] | None = None,
+    meta: bool = False,
+    frozen: str = "",
+) -> dict[str, Any]:
+    """Twenty updates; what each rank holds at the end, and how much of it."""
+    strategy = bound(rank, kind, options or {}, precision)
+    with torch.device("meta" if meta else "cpu"):
+        module = model(0 if meta else rank.world.rank, **(made or {}))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+    if meta:
+        torch.manual_seed(0)
+    module = strategy.prepare(module)
+    start = parameters(module)
+    optimizers = OPTIMIZERS[optimizer](module)
+    step = strategy.train_step(StepSpec(module, optimizers, loss_of, clip=clip))
+    norms = []
+    with step:
+        norms.extend(
+            step([strategy.feed(batch)]).grad_norm for batch in batches(rank.world.rank, STEPS)
+        )
+    return {
+        "start": start,
+        "end": parameters(module),
+        "norms": [float(norm) for norm in norms if norm is not None],
+        "held": sum(local(p).nbytes for p in module.parameters()),
+        "state": sum(
+            local(value).nbytes
+            for each in optimizers
+            for state in each.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        ),
+    }
+
+
+def parameters(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: whole(p.detach()).clone() for name, p in module.named_parameters()}
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def refused(rank: Any, kind: str, options: dict[str, Any], doing: str = "bind") -> str:
+    """The text of the refusal."""
+    try:
+        strategy = bound(rank, kind, options)
+        if doing == "bind":
+            return "bound"
+        module = model(tied=doing == "tied")
+        early = OPTIMIZERS["adamw"](module)
+        module = strategy.prepare(module)
+        if doing == "early":
+            strategy.train_step(StepSpec(module, early, loss_of))
+        if doing == "kinds":
+            module.first.double()
+            strategy.train_step(StepSpec(module, OPTIMIZERS["adamw"](module), loss_of))
+    except DrivetrainError as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+def hand_over(rank: Any, first: str, then: str) -> dict[str, Any]:
+    """Train with one strategy, go on with another from its state; and on without a break."""
+    answers = []
+    for kinds in ((first, first), (first, then)):
+        module, state = model(rank.world.rank), None
+        drawn = iter(batches(rank.world.rank, 6))
+        for kind in kinds:
+            strategy = bound(rank, kind, {})
+            module = strategy.prepare(module)
+            optimizers = OPTIMIZERS["adamw"](module)
+            step = strategy.train_step(StepSpec(module, optimizers, loss_of))
+            if state is not None:
+                state = rank.collectives.broadcast_object(
+                    (dict(state.module), list(state.optimizers), dict(state.precision))
+                )
+                strategy.load(ModelState(*state))
+            with step:
+                for _ in range(3):
+                    step([strategy.feed(next(drawn))])
+            state = strategy.state()
+            end = parameters(module)
+            strategy.close()
+        answers.append(end)
+    return {"same": answers[0], "other": answers[1]}
+
+
+def use_again(rank: Any, kind: str) -> dict[str, Any]:
+    """Train, close, prepare the same module again, evaluate with another number of batches."""
+    strategy = bound(rank, kind, {})
+    module = strategy.prepare(model(0))
+    step = strategy.train_step(StepSpec(module, OPTIMIZERS["adamw"](module), loss_of))
+    with step:
+        step([strategy.feed(batches(rank.world.rank, 1)[0])])
+    before = parameters(module)
+    strategy.close()
+    again = bound(rank, kind, {})
+    module = again.prepare(module)
+    with again.eval_step(EvalSpec(module, loss_of)) as evaluate:
+        losses = [float(evaluate(again.feed(batch))) for batch in batches(0, 1 + rank.world.rank)]
+    step = again.train_step(StepSpec(module, OPTIMIZERS["adamw"](module), loss_of))
+    after = parameters(module)
+    with step:
+        step([again.feed(batches(rank.world.rank, 1)[0])])
+    return {"before": before, "after": after, "losses": losses, "end": parameters(module)}
