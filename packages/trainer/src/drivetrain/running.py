@@ -58,7 +58,9 @@ class Outcome:
         if self.world is not None:
             trainer.runtime.adopt(self.world)
         if self.weights:
-            module.load_state_dict(self.weights)
+            # What was built without memory got it in the child.
+            bare = any(parameter.is_meta for parameter in module.parameters())
+            module.load_state_dict(self.weights, **({"assign": True} if bare else {}))
         for each, state in zip(trainer.callbacks, self.callbacks, strict=True):
             if state:
                 each.load_state_dict(state)
