@@ -296,3 +296,42 @@ def test_a_codec_that_raises_is_named() -> None:
         codecs.encode({"a": range(2)}, lambda tensor, where: where)
     with pytest.raises(CheckpointError, match="'r', which could not decode it: RuntimeError: no"):
         codecs.decode({"a": {"$": "r", "value": 1}}, {})
+
+
+def test_configurations_come_back_with_interpolations_and_flags() -> None:
+    """K9"""
+    omegaconf = pytest.importorskip("omegaconf")
+    config = omegaconf.OmegaConf.create({"a": 1, "b": {"c": [1, "${a}", None]}, "d": "???", 5: 2.5})
+    omegaconf.OmegaConf.set_readonly(config, True)
+    back = through_json({"hparams": config, "list": config.b.c})
+    assert back["hparams"] == config
+    assert type(back["hparams"]) is type(config)
+    assert back["hparams"].b.c[1] == 1
+    assert omegaconf.OmegaConf.is_readonly(back["hparams"])
+    assert omegaconf.OmegaConf.is_missing(back["hparams"], "d")
+    assert type(back["list"]) is omegaconf.ListConfig
+    with pytest.raises(CheckpointError, match="no configuration"):
+        Codecs().decode({"$": "omegaconf.DictConfig", "value": {"value": "a: 1", "flags": {}}}, {})
+
+
+@pytest.mark.parametrize("dtype", ["O", "|O8", "V8", "f8,f8", "os", "i8,O", "<f8[", "float"])
+def test_arrays_of_other_dtypes_are_refused(dtype: str) -> None:
+    """K12"""
+    value = {"dtype": dtype, "shape": [1], "data": "AAAAAAAAAAA="}
+    with pytest.raises(CheckpointError, match="not a dtype of plain data"):
+        Codecs().decode({"$": "numpy.ndarray", "value": value}, {})
+
+
+def test_decoding_sets_no_attribute_that_the_class_does_not_declare() -> None:
+    """K12"""
+    codecs = Codecs()
+    codecs.register(Unknown)
+    with pytest.raises(CheckpointError, match="no fields"):
+        codecs.decode({"$": "Unknown", "value": {"x": 1, "__class__": 2}}, {})
+
+
+def test_a_dtype_is_looked_up_in_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K12: asking torch for an unknown name can import a module."""
+    monkeypatch.setattr(torch, "__getattr__", pytest.fail, raising=False)
+    with pytest.raises(CheckpointError, match="not a dtype"):
+        Codecs().decode({"$": "torch.dtype", "value": "_dynamo"}, {})

@@ -228,7 +228,7 @@ class DirectoryCheckpointIO:
         """
         source, target = _full(source), _full(target)
         _check_conversion(target, form)
-        tree, left_out = without_refused(self._any(source))
+        tree, left_out = without_refused(self._any(source), source)
         if form == DIRECTORY:
             self.save(tree, target)
             return left_out
@@ -325,7 +325,7 @@ class DirectoryCheckpointIO:
         )
 
     def _staged_file(self, path: str) -> Staged:
-        return stage(without_refused(read_single(path, self._codecs))[0], self._codecs)
+        return stage(without_refused(read_single(path, self._codecs), path)[0], self._codecs)
 
     def _content(self, path: str) -> Content:
         self._await_pending(path)

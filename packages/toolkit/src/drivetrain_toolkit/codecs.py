@@ -5,13 +5,14 @@ looks the name up in a table of this process; it imports nothing and calls nothi
 
 Built in: None, bool, int, float with inf and nan, str, list, tuple, set, frozenset, dict with any
 keys, OrderedDict, Counter, deque, bytes, bytearray, complex, paths, date, time, datetime and
-timedelta, numpy scalars and arrays, and torch's dtype, device, Size and tensors. Own classes are
-added with ``register``.
+timedelta, numpy scalars and arrays, OmegaConf's containers, and torch's dtype, device, Size and
+tensors. Own classes are added with ``register``.
 """
 
 from __future__ import annotations
 
 import base64
+import re
 import struct
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ class Codecs:
             encode, decode = _default_functions(kind)
         taken = self._by_name.get(name)
         other = taken is not None and taken.kind is not kind
-        if other or name == _TENSOR or name in _NUMPY_BY_NAME:
+        if other or name == _TENSOR or name in _LIBRARIES:
             raise ConfigurationError(
                 f"A codec for {kind.__qualname__} was to be registered as {name!r}, which is the "
                 "name of another codec.",
@@ -98,7 +99,7 @@ class Codecs:
     @property
     def names(self) -> frozenset[str]:
         """What files call the codecs that this process knows."""
-        return frozenset(self._by_name) | frozenset(_NUMPY_BY_NAME)
+        return frozenset(self._by_name) | frozenset(_LIBRARIES)
 
     def encode(self, value: Any, keep: Keep) -> Any:
         """A JSON value for ``value``.
@@ -166,7 +167,7 @@ class _Encoding:
             return [self.encode(item, join(where, n)) for n, item in enumerate(value)]
         if kind in (dict, MappingProxyType):
             return self._encode_mapping(value, where)
-        codec = self._codecs.get(kind) or _numpy_codec(kind) or _path_codec(value)
+        codec = self._codecs.get(kind) or _library_codec(kind) or _path_codec(value)
         if codec is None:
             raise _no_codec(value, where)
         try:
@@ -210,7 +211,7 @@ class _Decoding:
             return self._tensor(value.get("name"), where)
         codec = None
         if isinstance(name, str):
-            codec = self._codecs.get(name) or _NUMPY_BY_NAME.get(name)
+            codec = self._codecs.get(name) or _LIBRARIES.get(name)
         if codec is None:
             raise CheckpointError(
                 f"The checkpoint holds {place(where)} in the codec {name!r}, and none of that name "
@@ -383,15 +384,18 @@ _DTYPES: Final = {
 }
 
 
-def _numpy_codec(kind: type) -> Codec | None:
-    """A codec for numpy's classes, looked for without importing numpy."""
-    if kind.__module__.partition(".")[0] != "numpy":
+def _library_codec(kind: type) -> Codec | None:
+    """A codec for classes of other libraries, looked for without importing one."""
+    home = kind.__module__.partition(".")[0]
+    if home == "omegaconf":
+        return _LIBRARIES.get(f"omegaconf.{kind.__name__}")
+    if home != "numpy":
         return None
     import numpy as np
 
     if kind is np.ndarray:
-        return _NUMPY_BY_NAME["numpy.ndarray"]
-    return _NUMPY_BY_NAME["numpy.scalar"] if issubclass(kind, np.generic) else None
+        return _LIBRARIES["numpy.ndarray"]
+    return _LIBRARIES["numpy.scalar"] if issubclass(kind, np.generic) else None
 
 
 def _encode_array(value: Any) -> dict[str, Any]:
@@ -410,13 +414,40 @@ def _encode_array(value: Any) -> dict[str, Any]:
 def _decode_array(parts: Mapping[str, Any]) -> Any:
     import numpy as np
 
-    dtype = np.dtype(str(parts["dtype"]))
-    if dtype.hasobject:
-        raise ValueError("arrays of objects are not plain data")
-    return np.frombuffer(_from_base64(parts["data"]), dtype).reshape(parts["shape"]).copy()
+    name = str(parts["dtype"])
+    if not _ARRAY_DTYPE.fullmatch(name):
+        raise ValueError(f"{name[:40]!r} is not a dtype of plain data")
+    shape = [int(each) for each in parts["shape"]]
+    if any(each < 0 for each in shape):
+        raise ValueError(f"an array cannot have the shape {shape}")
+    return np.frombuffer(_from_base64(parts["data"]), np.dtype(name)).reshape(shape).copy()
 
 
-_NUMPY_BY_NAME: Final = {
+def _encode_config(value: Any) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    flags = {name: value._get_node_flag(name) for name in _CONFIG_FLAGS}  # noqa: SLF001 - no other way
+    # Interpolations stay as they are written.
+    return {"value": OmegaConf.to_container(value, resolve=False), "flags": flags}
+
+
+def _decode_config(parts: Mapping[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+
+    if not isinstance(parts["value"], (dict, list)):  # text would be read as YAML
+        raise TypeError(f"a {type(parts['value']).__name__} is no configuration")
+    config = OmegaConf.create(parts["value"])
+    for name in _CONFIG_FLAGS:
+        if parts["flags"][name] is not None:
+            config._set_flag(name, bool(parts["flags"][name]))  # noqa: SLF001 - no other way
+    return config
+
+
+_CONFIG_FLAGS: Final = ("readonly", "struct")
+_ARRAY_DTYPE: Final = re.compile(r"[<>|=]?[biufcSUmM][0-9]{0,9}(\[[0-9]{0,9}[a-zA-Z]{1,2}\])?")
+_LIBRARIES: Final = {
+    "omegaconf.DictConfig": Codec("omegaconf.DictConfig", object, _encode_config, _decode_config),
+    "omegaconf.ListConfig": Codec("omegaconf.ListConfig", object, _encode_config, _decode_config),
     "numpy.ndarray": Codec("numpy.ndarray", object, _encode_array, _decode_array),
     "numpy.scalar": Codec(
         "numpy.scalar", object, _encode_array, lambda parts: _decode_array(parts)[()]

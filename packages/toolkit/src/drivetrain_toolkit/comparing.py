@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from drivetrain_interfaces.checkpoint import Difference
+from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import TAG, dtype_name, join
 
@@ -32,12 +33,13 @@ class Content:
 
     def flat(self) -> dict[str, Any]:
         """Plain values and tensors by place."""
-        return dict(_flat(self.state, "", self.tensors))
+        return _flattened(self.state, self.tensors)
 
 
 def values_of(state: Any) -> dict[str, Any]:
     """Everything in a tree but its tensors, by place."""
-    return {place: value for place, value in _flat(state, "", {}) if value is not _ELSEWHERE}
+    found = _flattened(state, {})
+    return {place: value for place, value in found.items() if value is not _ELSEWHERE}
 
 
 def differences(first: Content, second: Content) -> list[Difference]:
@@ -55,6 +57,16 @@ def differences(first: Content, second: Content) -> list[Difference]:
 
 
 _ELSEWHERE: Final = object()
+
+
+def _flattened(state: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(_flat(state, "", tensors))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            "A checkpoint was to be looked at, and holds a value that is no codec's.",
+            "Use another checkpoint.",
+        ) from error
 
 
 def _flat(value: Any, where: str, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

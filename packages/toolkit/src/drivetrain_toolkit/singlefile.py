@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -28,7 +29,7 @@ from drivetrain_toolkit.tensorfile import (
 from drivetrain_toolkit.torchfile import read_torch_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from drivetrain_toolkit.codecs import Codecs
 
@@ -76,7 +77,9 @@ def read_single(path: str, codecs: Codecs) -> dict[str, Any]:
     if form_of(path) == SAFETENSORS:
         return {_WEIGHTS: _read_safetensors(path)}
     with open(path, "rb") as file:
-        tree = _restored(read_torch_file(file, os.fstat(file.fileno()).st_size, path), codecs)
+        tree = read_torch_file(file, os.fstat(file.fileno()).st_size, path)
+    with _deep_enough(path):
+        tree = _restored(tree, codecs)
     if not isinstance(tree, dict):
         raise CheckpointError(
             f"The file {path!r} holds a {type(tree).__name__}, and a checkpoint is a mapping.",
@@ -85,13 +88,24 @@ def read_single(path: str, codecs: Codecs) -> dict[str, Any]:
     return tree
 
 
-def without_refused(tree: Any) -> tuple[Any, list[str]]:
+def without_refused(tree: Any, path: str) -> tuple[Any, list[str]]:
     """A tree that can be saved, and what was left out of it: places and what the file calls it.
 
     A mapping of an unknown class becomes a plain one.
     """
     left_out: list[str] = []
-    return _cleaned(tree, "", left_out), left_out
+    with _deep_enough(path):
+        return _cleaned(tree, "", left_out), left_out
+
+
+@contextmanager
+def _deep_enough(path: str) -> Iterator[None]:
+    try:
+        yield
+    except RecursionError as error:
+        raise CheckpointError(
+            f"The file {path!r} was to be read, and is nested too deeply.", "Use another file."
+        ) from error
 
 
 def write_torch(path: str, state: Any, tensors: Mapping[str, torch.Tensor], codecs: Codecs) -> None:
