@@ -385,3 +385,10 @@ def signals(session: nox.Session) -> None:
         str(Path(folder).resolve() / "runs"), runs, "fork", "fork", "script",
         env={"OMP_NUM_THREADS": "1"}, external=True,
     )  # fmt: skip
+
+
+@nox.session(default=False)
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the readers of checkpoints, guided by coverage: ``nox -s fuzz -- SECONDS``."""
+    session.install("-q", *CONSTRAINTS, "atheris", *editable(["interfaces", "toolkit"]))
+    session.run("python", "ci/fuzz_checkpoints.py", *session.posargs)
