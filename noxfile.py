@@ -96,6 +96,7 @@ def shared_python(session: nox.Session) -> str:
         tools = (
             *TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn",
             "copier", "torchdata",
+            "cloudpickle", "nbclient", "ipykernel", "kubeflow-trainer-api",
         )  # fmt: skip
         pip = (str(python), "-m", "pip", "install", "-q", *CONSTRAINTS)
         session.run(*pip, *tools, *editable(TOGETHER), external=True)

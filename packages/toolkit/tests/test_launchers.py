@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK")
 OURS = (*PLACE, "MASTER_ADDR", "MASTER_PORT", "DRIVETRAIN_LAUNCHED", "DRIVETRAIN_CLUSTER")
-ALL = ("attach", "fork", "script", "spawn")
+LOCAL_ONES = ("attach", "fork", "forkserver", "notebook", "script", "spawn")
+ALL = (*LOCAL_ONES, "kubeflow", "mpi", "ray", "slurm")
 TWO = LaunchRequest(local_size=2)
 
 
@@ -84,13 +85,19 @@ def test_where_rank_0_runs_and_what_works_at_a_prompt() -> None:
     assert table == {
         "attach": (True, True),
         "fork": (False, True),
+        "forkserver": (False, True),
+        "kubeflow": (False, False),
+        "mpi": (False, True),
+        "notebook": (False, True),
+        "ray": (False, True),
         "script": (True, False),
+        "slurm": (False, True),
         "spawn": (False, True),
     }
 
 
 @pytest.mark.usefixtures("from_a_script")
-@pytest.mark.parametrize("name", ["fork", "script", "spawn"])
+@pytest.mark.parametrize("name", [name for name in LOCAL_ONES if name != "attach"])
 def test_a_plan_gives_each_process_the_world_that_it_will_read(name: str) -> None:
     """N2"""
     request = LaunchRequest(local_size=2, num_nodes=3, node_rank=1, address="10.0.0.1", port=4000)

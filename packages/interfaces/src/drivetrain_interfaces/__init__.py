@@ -91,6 +91,9 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.strategy import SupportsShardedState as SupportsShardedState
     from drivetrain_interfaces.strategy import TrainStep as TrainStep
     from drivetrain_interfaces.strategy import refuse_what_is_newer as refuse_what_is_newer
+    from drivetrain_interfaces.submit import JobFile as JobFile
+    from drivetrain_interfaces.submit import JobRequest as JobRequest
+    from drivetrain_interfaces.submit import Submitter as Submitter
 
 _NAMES = {
     "accelerator": (
@@ -175,6 +178,7 @@ _NAMES = {
         "TrainStep",
         "refuse_what_is_newer",
     ),
+    "submit": ("JobFile", "JobRequest", "Submitter"),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 

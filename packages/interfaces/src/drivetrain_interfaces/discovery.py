@@ -27,6 +27,7 @@ STRATEGIES = "drivetrain.strategies"
 ENVIRONMENTS = "drivetrain.environments"
 LAUNCHERS = "drivetrain.launchers"
 MANAGERS = "drivetrain.managers"
+SUBMITTERS = "drivetrain.submitters"
 
 T = TypeVar("T")
 Spec = TypeVar("Spec", BackendSpec, StrategySpec)

@@ -31,6 +31,7 @@ _RUNS: Final = {
 }
 _LOOKS: Final = {
     "plan": "show what a run would be, and why",
+    "submit": "write the job file for a batch system, and submit it with --go",
     "doctor": "show what is installed, what the machine has, and what to install",
     "new-backend": "write the package of a new backend",
 }
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         **{name: _runner(name) for name in _RUNS},
         "plan": _plan,
+        "submit": _submit,
         "doctor": _doctor,
         "new-backend": _new_backend,
         "--version": _version,
@@ -154,6 +156,12 @@ def _doctor(words: Sequence[str]) -> int:
     report = examine()
     _say(report.to_json() if options.json else report.render())
     return 0
+
+
+def _submit(words: Sequence[str]) -> int:
+    from drivetrain.submit import submit
+
+    return submit(words, _say)
 
 
 def _new_backend(words: Sequence[str]) -> int:

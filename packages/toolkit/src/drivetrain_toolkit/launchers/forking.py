@@ -1,4 +1,4 @@
-"""The spawn and fork launchers: every rank is a child, and this process watches over them."""
+"""Spawn, fork and forkserver: every rank is a child, and this process watches over them."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.launcher import LaunchPlan, LaunchRequest
     from typing_extensions import Self
 
-    from drivetrain_toolkit.processes import PortReservation
+    from drivetrain_toolkit.processes import PortReservation, Process
 
 
 _ALWAYS_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
-class _ChildrenLauncher:
-    """What spawn and fork share."""
+class ChildrenLauncher:
+    """What launchers share whose ranks are children."""
 
     name = ""
     environment: tuple[tuple[str, str], ...] = ()
@@ -65,12 +65,7 @@ class _ChildrenLauncher:
         """
         plans.check_request(request, self.name)
         plans.refuse_inside_a_rank(self.name)
-        if self.name not in multiprocessing.get_all_start_methods():
-            raise ClusterError(
-                f"The {self.name!r} launcher was asked for, and {sys.platform} cannot start "
-                f"processes that way.",
-                "Choose launcher='spawn' or 'script'.",
-            )
+        self._check_possible()
         if getattr(multiprocessing.current_process(), "_inheriting", False):
             raise ClusterError(
                 f"The {self.name!r} launcher was asked for while a process that it started was "
@@ -95,7 +90,7 @@ class _ChildrenLauncher:
             SystemExit: The run was stopped by SIGTERM (exit code 143).
         """
         try:
-            return _Family(self.name, plan, self._task(main)).run()
+            return self._family(plan, self._task(main)).run()
         finally:
             if self._reservation is not None:
                 self._reservation.close()
@@ -103,11 +98,23 @@ class _ChildrenLauncher:
     def _extra(self) -> tuple[tuple[str, str], ...]:
         return ()
 
+    def _check_possible(self) -> None:
+        """Refuse what this system or installation cannot do, before anything is planned."""
+        if self.name not in multiprocessing.get_all_start_methods():
+            raise ClusterError(
+                f"The {self.name!r} launcher was asked for, and {sys.platform} cannot start "
+                f"processes that way.",
+                "Choose launcher='spawn' or 'script'.",
+            )
+
     def _task(self, main: Callable[[World], Any]) -> Callable[[World], Any] | bytes:
         raise NotImplementedError
 
+    def _family(self, plan: LaunchPlan, task: Callable[[World], Any] | bytes) -> Family:
+        return Family(self.name, plan, task)
 
-class SpawnLauncher(_ChildrenLauncher):
+
+class SpawnLauncher(ChildrenLauncher):
     """Starts fresh interpreters, which import what ``main`` needs by name."""
 
     name = "spawn"
@@ -118,10 +125,26 @@ class SpawnLauncher(_ChildrenLauncher):
         return True
 
     def _task(self, main: Callable[[World], Any]) -> bytes:
-        return pickled(main)
+        return pickled(main, self.name)
 
 
-class ForkLauncher(_ChildrenLauncher):
+class ForkServerLauncher(SpawnLauncher):
+    """Forks from a server that holds no threads and has imported torch, so that ranks start soon.
+
+    The server is started at the first launch and ends with this process. Like ``spawn`` it imports
+    what ``main`` needs by name, and like ``spawn`` it sees nothing of what this process holds.
+    """
+
+    name = "forkserver"
+
+    def _family(self, plan: LaunchPlan, task: Callable[[World], Any] | bytes) -> Family:
+        # Only a server that does not run yet looks at this. Names that cannot be imported there
+        # are left out without a word, which is what a rank that imports them itself needs.
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", "torch"])
+        return super()._family(plan, task)
+
+
+class ForkLauncher(ChildrenLauncher):
     """Copies this process, with all that it holds. The quickest start, and works with any object.
 
     Threads are not copied. OpenMP keeps its worker threads for the life of a process: in a copy the
@@ -143,7 +166,7 @@ class ForkLauncher(_ChildrenLauncher):
         return main
 
 
-class _Started:
+class Started:
     """A ``multiprocessing.Process`` with the interface of ``processes.Process``."""
 
     def __init__(self, process: Any) -> None:
@@ -151,20 +174,22 @@ class _Started:
         self.pid: int = process.pid
 
     def poll(self) -> int | None:
+        """Its exit code, or None while it runs."""
         code: int | None = self._process.exitcode
         return code
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class ChildPlace:
     """What a child is told besides its task."""
 
     world: World
     variables: Mapping[str, str]
-    forked: bool
+    forked: bool = False
+    by_value: bool = False
 
 
-class _Family:
+class Family:
     """One launch: the children, the pipe for the result, and the signals in between."""
 
     def __init__(self, method: str, plan: LaunchPlan, task: Callable[[World], Any] | bytes) -> None:
@@ -181,6 +206,7 @@ class _Family:
         self._receiving: Connection | None = None
 
     def run(self) -> Any:
+        """Start all, watch them, and return what rank 0 returned."""
         with _Signals(self._signals) as noted:
             try:
                 self._start(noted)
@@ -192,7 +218,6 @@ class _Family:
         return self._outcome()
 
     def _start(self, noted: _Signals) -> None:
-        context: Any = multiprocessing.get_context(self._method)
         forked = self._method == "fork"
         common = {
             **dict(self._plan.environment),
@@ -209,16 +234,24 @@ class _Family:
                 variables = {**common, **plans.place(world, self._method)}
                 sending = None
                 if world is self._plan.worlds[0]:
-                    self._receiving, sending = context.Pipe(duplex=False)
-                process = context.Process(
-                    target=_child,
-                    args=(self._task, _Place(world, variables, forked), sending, before),
-                    name=f"rank {world.rank}",
-                )
-                process.start()
-                self._children.append(Child(world.rank, _Started(process), group=True))
+                    self._receiving, sending = multiprocessing.Pipe(duplex=False)
+                process = self._begin(ChildPlace(world, variables, forked), sending, before)
+                self._children.append(Child(world.rank, process, group=True))
                 if sending is not None:
                     sending.close()
+
+    def _begin(
+        self, place: ChildPlace, sending: Connection | None, before: Mapping[int, Any]
+    ) -> Process:
+        """Start the process of one place."""
+        context: Any = multiprocessing.get_context(self._method)
+        process = context.Process(
+            target=run_child,
+            args=(self._task, place, sending, before),
+            name=f"rank {place.world.rank}",
+        )
+        process.start()
+        return Started(process)
 
     def _watch(self, noted: int) -> None:
         supervisor = self._supervisor
@@ -316,9 +349,9 @@ class _Signals:
         os.write(self._sending, b"!")
 
 
-def _child(
+def run_child(
     task: Callable[[World], Any] | bytes,
-    place: _Place,
+    place: ChildPlace,
     pipe: Connection | None,
     handlers: Mapping[int, Any],
 ) -> None:
@@ -338,7 +371,7 @@ def _child(
         function = unpickled(task, "main") if isinstance(task, bytes) else task
         result = function(world)
         # Pickled here, so that a result that cannot be counts as this rank's failure.
-        return pickled_result(result) if pipe is not None else None
+        return pickled_result(result, by_value=place.by_value) if pipe is not None else None
 
     try:
         result = reported(main, place.world, directory)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+from importlib import import_module
 from types import FunctionType
 from typing import Any
 
-from drivetrain_interfaces.errors import UserCodeError
+from drivetrain_interfaces.errors import NotFoundError, UserCodeError
 
 
 class _Pickler(pickle.Pickler):
@@ -29,15 +30,15 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def pickled(main: Any) -> bytes:
-    """``main`` for a fresh interpreter.
+def pickled(main: Any, launcher: str = "spawn") -> bytes:
+    """``main`` for a fresh interpreter, which imports what it needs by name.
 
     Raises:
         UserCodeError: It, or something it holds, cannot be pickled, or could not be found there.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
-    asked = f"The 'spawn' launcher was to send {_name(main)} to new processes"
+    asked = f"The {launcher!r} launcher was to send {_name(main)} to new processes"
     try:
         pickler.dump(main)
     except Exception as error:
@@ -50,18 +51,53 @@ def pickled(main: Any) -> bytes:
         names = ", ".join(sorted(pickler.at_the_prompt))
         raise UserCodeError(
             f"{asked}, and they cannot import {names}, defined at a prompt or in a notebook.",
-            "Move the definitions into a module, or choose launcher='fork'.",
+            "Move the definitions into a module, or choose launcher='fork' or 'notebook'.",
         )
     return file.getvalue()
 
 
-def pickled_result(result: Any) -> bytes:
-    """What rank 0 returned.
+def pickled_by_value(main: Any, launcher: str) -> bytes:
+    """``main`` with everything that was defined at the prompt or in the script itself.
+
+    Raises:
+        NotFoundError: cloudpickle, which does it, is not installed.
+        UserCodeError: It, or something it holds, cannot be pickled.
+    """
+    cloudpickle = need_cloudpickle(launcher)
+    try:
+        data: bytes = cloudpickle.dumps(main)
+    except Exception as error:
+        raise UserCodeError(
+            f"The {launcher!r} launcher was to send {_name(main)} to new processes, and it cannot "
+            f"be pickled: {type(error).__name__}: {error}.",
+            "Keep what cannot be pickled, such as open files and locks, out of the objects that "
+            "are passed.",
+        ) from error
+    return data
+
+
+def need_cloudpickle(launcher: str) -> Any:
+    """The module ``cloudpickle``. Raises ``NotFoundError`` where it is not installed."""
+    try:
+        return import_module("cloudpickle")
+    except ModuleNotFoundError as error:
+        raise NotFoundError(
+            f"The {launcher!r} launcher was asked for, and it needs cloudpickle, which is not "
+            "installed.",
+            "Install drivetrain-toolkit[remote].",
+        ) from error
+
+
+def pickled_result(result: Any, *, by_value: bool = False) -> bytes:
+    """What rank 0 returned; ``by_value`` with classes that were sent that way.
 
     Raises:
         UserCodeError: It cannot be pickled.
     """
     try:
+        if by_value:
+            data: bytes = import_module("cloudpickle").dumps(result)
+            return data
         return pickle.dumps(result, protocol=pickle.HIGHEST_PROTOCOL)
     except Exception as error:
         raise UserCodeError(

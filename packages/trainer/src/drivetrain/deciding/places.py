@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from drivetrain_interfaces.errors import (
     ClusterError,
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.cluster import World
 
     from drivetrain.deciding.draft import Draft
+
+
+#: Launchers that start the processes of their own machine, so that each machine runs one.
+_OF_ONE_MACHINE: Final = frozenset({"script", "spawn", "fork", "forkserver", "notebook"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +229,10 @@ def _check_world(draft: Draft, world: World, local: int, num_nodes: int, nodes: 
 
 def _check_meeting_point(draft: Draft, places: Places) -> None:
     """Several machines without a manager must be told who is who, or they would wait for ever."""
-    own_launcher = draft.asks.launcher is not None and not isinstance(
-        draft.asks.launcher.value, str
-    )
-    if places.num_nodes == 1 or own_launcher:
+    ask = draft.asks.launcher
+    # Any other launcher may reach all machines by itself; its own plan says what it lacks.
+    here = ask is None or (isinstance(ask.value, str) and ask.value in _OF_ONE_MACHINE)
+    if places.num_nodes == 1 or not here:
         return
     machine = draft.machine
     missing = [
