@@ -25,7 +25,7 @@ def main() -> None:
     for _ in range(2):
         trainer.fit(model, loader(), loader(16, shuffle=False))
         found.append([trainer.global_step, trainer.current_epoch, parameters_of(model)])
-        found.append([trainer.callback_metrics, trainer.world.rank, trainer.world.size])
+        found.append([dict(trainer.callback_metrics), trainer.world.rank, trainer.world.size])
     if trainer.world.is_main:
         print("FOUND", json.dumps(found), flush=True)
 

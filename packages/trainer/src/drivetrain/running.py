@@ -8,6 +8,7 @@ from signal import Signals
 from typing import TYPE_CHECKING, Any
 
 from drivetrain import resuming
+from drivetrain.seeding import host_rng_state, set_host_rng_state
 from drivetrain.session import Session, determinism
 from drivetrain.signals import SignalAction, SignalWatch
 
@@ -52,6 +53,7 @@ class Outcome:
     callbacks: list[dict[str, Any]] = field(default_factory=list)
     trainer: dict[str, Any] = field(default_factory=dict)
     world: World | None = None
+    rng: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, trainer: Trainer, module: Module) -> None:
         """Give the parent's objects the state that the child's ended with."""
@@ -66,6 +68,9 @@ class Outcome:
                 each.load_state_dict(state)
         for name, value in self.trainer.items():
             setattr(trainer, name, value)
+        if self.rng:
+            # What is drawn next, such as the seed of the next run, is what rank 0 would draw.
+            set_host_rng_state(self.rng)
 
 
 _TRAVELS = ("callback_metrics", "logged_metrics", "progress_bar_metrics", "should_stop")
@@ -135,6 +140,7 @@ def _pack(outcome: Outcome, trainer: Trainer, runtime: Runtime) -> None:
     outcome.callbacks = [each.state_dict() for each in trainer.callbacks]
     outcome.trainer = {name: getattr(trainer, name) for name in _TRAVELS}
     outcome.trainer["fitted"] = _fitted(trainer)
+    outcome.rng = host_rng_state()
 
 
 def _finish(trainer: Trainer, session: Session, status: str) -> None:
