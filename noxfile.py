@@ -58,6 +58,9 @@ TOGETHER = [n for n in ALL if not own_environment(n)]
 APART = [n for n in ALL if own_environment(n)]  # asked for by name
 #: Backends of devices that CI's machines lack: what they can show there is among their own tests.
 ELSEWHERE = [n for n in BACKENDS if PROJECTS[n]["tool"]["drivetrain"].get("device") == "needed"]
+ENGINES = [
+    n for n in APART if "drivetrain.strategies" in PROJECTS[n]["project"].get("entry-points", {})
+]
 
 nox.needs_version = ">=2025.5.1"
 nox.options.default_venv_backend = "virtualenv"
@@ -109,7 +112,8 @@ def install_apart(session: nox.Session, name: str, *more: str) -> None:
 
     ``[tool.drivetrain.recipe]`` says how: ``pins`` are exact versions that take the place of those
     in ``ci/constraints.txt``; those whose names are in ``bare`` come first, without what they
-    depend on, and ``script`` then puts something else in its place.
+    depend on, and ``script`` then puts something else in its place. ``built`` are built where torch
+    and ``tools`` are there already, and ``env`` are variables for what is built.
     """
     recipe = PROJECTS[name]["tool"]["drivetrain"].get("recipe", {})
     pins = {pin.partition("==")[0]: pin for pin in recipe.get("pins", [])}
@@ -120,7 +124,13 @@ def install_apart(session: nox.Session, name: str, *more: str) -> None:
     if bare := [pins[each] for each in recipe.get("bare", [])]:
         session.install("-q", "--no-deps", *bare)
         session.run("python", recipe["script"])
-    session.install("-q", "-c", str(constraints), *TEST_TOOLS, *recipe.get("tools", []), *more)
+    tools, env = recipe.get("tools", []), recipe.get("env")
+    if built := recipe.get("built", []):
+        session.install("-q", "-c", str(constraints), *tools, "torch")
+        # A wheel that was built for another torch would come out of pip's cache without a word.
+        build = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "-c", str(constraints))
+        session.install(*build, *built, env=env)
+    session.install("-q", "-c", str(constraints), *TEST_TOOLS, *tools, *more, env=env)
     session.run("python", "-m", "pip", "check")
 
 
@@ -163,7 +173,8 @@ def tests(session: nox.Session, name: str) -> None:
     python = "python"
     local = ["interfaces", *(["toolkit"] if uses_torch(name) else []), name]
     if own_environment(name):
-        install_apart(session, name, *editable([*local, "trainer"]))
+        engine = ["cpu"] if name in ENGINES else []
+        install_apart(session, name, *editable([*local, "trainer", *engine]))
     elif tested_with_torch(name):
         python = shared_python(session)
     else:
@@ -180,13 +191,14 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("name", ids([*BACKENDS, "simulated"]))
+@nox.parametrize("name", ids([*BACKENDS, "simulated", *ENGINES]))
 def backend(session: nox.Session, name: str) -> None:
     """Test one backend as its owner does: its own tests, then the whole conformance kit.
 
     A registered backend is tested without a trainer, unless it has an environment of its own.
     ``simulated`` is the backend that the kit's own tests hold; runs of a trainer on it are among
-    them. The kit's report is left in ``build/reports``. Several runs of the kit, with variables
+    them. A package that brings strategies in an environment of its own is tested on the CPU
+    backend. The kit's report is left in ``build/reports``. Several runs of the kit, with variables
     and options of their own, are ``[[tool.drivetrain.kit]]`` tables.
     """
     suite = ["-m", "pytest", "--pyargs", "drivetrain_conformance.suite"]
@@ -199,6 +211,8 @@ def backend(session: nox.Session, name: str) -> None:
     else:
         python, home, target = "python", ROOT / FOLDER / name / "tests", name
         local = editable(["interfaces", "toolkit", name, "conformance"])
+        if name in ENGINES:
+            target, local = "cpu", [*local, *editable(["cpu"])]
         if own_environment(name):
             install_apart(session, name, *local, *editable(["trainer"]))
         else:

@@ -94,7 +94,8 @@ def whole(tensor: Tensor) -> Tensor:
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters on the host, read from the module itself."""
-    return {n: whole(p.detach()).to("cpu", copy=True) for n, p in module.named_parameters()}
+    with torch.no_grad():
+        return {n: whole(p).to("cpu", copy=True) for n, p in module.named_parameters()}
 
 
 def sgd(module: nn.Module, lr: float = 0.5, **options: Any) -> torch.optim.SGD:
