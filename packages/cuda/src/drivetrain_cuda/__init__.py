@@ -19,7 +19,7 @@ from drivetrain_toolkit.specs import DDP_FEATURES, PRECISIONS
 if TYPE_CHECKING:
     from drivetrain_interfaces import Backend
 
-__all__ = ["FACTS", "parse_cuda_devices", "spec"]
+__all__ = ["CAPABILITIES", "FACTS", "parse_cuda_devices", "spec"]
 
 #: At a prompt processes are forked, because a spawned one cannot see what was defined there. That
 #: works as long as this process has no CUDA context, which the launcher checks.
@@ -84,12 +84,15 @@ def _load() -> Backend:
     return CudaBackend()
 
 
+#: What every board can do, and ``"fp8"``, which older ones refuse by name when it is asked for.
+CAPABILITIES = Capabilities(
+    features=DDP_FEATURES | {Feature.SYNC_BATCHNORM}, precisions=PRECISIONS | {"fp8"}
+)
+
 spec = BackendSpec(
     name="cuda",
     contract=ContractVersion(0, 1),
-    capabilities=Capabilities(
-        features=DDP_FEATURES | {Feature.SYNC_BATCHNORM}, precisions=PRECISIONS
-    ),
+    capabilities=CAPABILITIES,
     facts=FACTS,
     strategies=("single_device", "ddp"),
     probe=_probe,

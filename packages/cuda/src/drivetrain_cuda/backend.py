@@ -11,14 +11,13 @@ from drivetrain_interfaces import ConfigurationError, UnsupportedError
 from drivetrain_interfaces.errors import listed
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives, TorchCollectives
-from drivetrain_toolkit.precision import make_precision
-from drivetrain_toolkit.specs import PRECISIONS
 from drivetrain_toolkit.strategies import DDPStrategy, SingleDeviceStrategy
 from drivetrain_toolkit.tuned import Tuned
 
 from drivetrain_cuda import FACTS
 from drivetrain_cuda.accelerator import CudaAccelerator
 from drivetrain_cuda.launcher import CudaForkLauncher
+from drivetrain_cuda.precision import precision
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,12 +51,7 @@ class CudaBackend:
 
     def precision(self, name: str) -> Precision:
         """The precision of that name. Raises ``UnsupportedError`` for one that is not declared."""
-        if name not in PRECISIONS:
-            raise UnsupportedError(
-                f"The 'cuda' backend was asked for precision {name!r}, which it does not declare.",
-                f"Use one of: {listed(PRECISIONS)}.",
-            )
-        return make_precision(name, FACTS.autocast_type)
+        return precision(name)
 
     def collectives(self, world: World) -> Collectives:
         """Communication over NCCL, or over gloo on request; the identity for a single process.

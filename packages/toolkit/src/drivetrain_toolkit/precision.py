@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.distributed as dist
 from drivetrain_interfaces import (
     CheckpointError,
     Precision,
@@ -23,11 +24,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from drivetrain_interfaces import Collectives
     from torch.optim import Optimizer
 
+
+class DecidesTogether(Protocol):
+    """What a decision of all ranks needs of their collectives."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        """The reduction over all ranks."""
+        ...
+
+
 #: Shared, since it holds nothing: entering it is all that a forward in full precision costs.
-_NOTHING = nullcontext()
+NOTHING = nullcontext()
 
 
 class FullPrecision:
@@ -45,7 +54,7 @@ class FullPrecision:
 
     def forward(self) -> AbstractContextManager[Any]:
         """A context that changes nothing."""
-        return _NOTHING
+        return NOTHING
 
     def backward(self, loss: Tensor) -> None:
         """Backpropagate from a scalar loss."""
@@ -99,7 +108,7 @@ class TruePrecision(FullPrecision):
 
     def forward(self) -> AbstractContextManager[Any]:
         """In ``64-true``, tensors that user code makes are float64 as well."""
-        return _DefaultDtype(self._dtype) if self._dtype is torch.float64 else _NOTHING
+        return _DefaultDtype(self._dtype) if self._dtype is torch.float64 else NOTHING
 
 
 class _DefaultDtype:
@@ -132,16 +141,17 @@ class _CastInputs:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         dtype = self.dtype
         return (
-            tuple(_cast(value, dtype) for value in args),
-            {key: _cast(value, dtype) for key, value in kwargs.items()} if kwargs else kwargs,
+            tuple(cast(value, dtype) for value in args),
+            {key: cast(value, dtype) for key, value in kwargs.items()} if kwargs else kwargs,
         )
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """An argument of a module with floating tensors in that dtype, integers as they are."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() and value.dtype != dtype else value
     if type(value) is tuple or type(value) is list:  # the hidden state of a recurrent module
-        return type(value)(_cast(item, dtype) for item in value)
+        return type(value)(cast(item, dtype) for item in value)
     return value
 
 
@@ -193,7 +203,7 @@ class AutocastPrecision(FullPrecision):
     def _outside(self) -> AbstractContextManager[Any]:
         if torch.is_autocast_enabled(self._autocast_type):
             return torch.autocast(self._autocast_type, enabled=False)
-        return _NOTHING
+        return NOTHING
 
     def _checked_fields(self) -> dict[str, Any]:
         refusal = UnsupportedError(
@@ -227,7 +237,7 @@ class ScaledAutocastPrecision(AutocastPrecision):
     name = "16-mixed"
     policy = PrecisionPolicy(compute="float16", loss_scaling=True)
     _dtype = torch.float16
-    _others: Collectives | None = None
+    _others: DecidesTogether | None = None
 
     def __init__(
         self,
@@ -263,7 +273,7 @@ class ScaledAutocastPrecision(AutocastPrecision):
             )
         return scaler
 
-    def decide_with(self, collectives: Collectives | None) -> None:
+    def decide_with(self, collectives: DecidesTogether | None) -> None:
         """Reduce over ranks whether gradients are finite: an update is applied on all or on none.
 
         For strategies whose ranks hold gradients of different parameters. None undoes it.
@@ -272,7 +282,7 @@ class ScaledAutocastPrecision(AutocastPrecision):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the connection to other ranks, which belongs to a process."""
-        return {**self.__dict__, "_others": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_others"}
 
     def convert(self, module: nn.Module) -> nn.Module:
         """The module as it is.
@@ -345,6 +355,29 @@ class ScaledAutocastPrecision(AutocastPrecision):
         self._unscaled.clear()
 
 
+class ShardedScaledPrecision(ScaledAutocastPrecision):
+    """``"16-mixed"`` that always decides with all ranks of torch's default process group.
+
+    For a strategy of one's own whose ranks hold gradients of different parameters, and that does
+    not call ``decide_with``. Arguments are those of ``ScaledAutocastPrecision``.
+    """
+
+    def step(self, optimizers: Sequence[Optimizer], prepare: Callable[[], None]) -> bool:
+        """Unscale, call ``prepare``, and update all optimizers on all ranks or none on any."""
+        if self._others is None and dist.is_available() and dist.is_initialized():
+            self.decide_with(_DefaultGroup())
+        return super().step(optimizers, prepare)
+
+
+class _DefaultGroup:
+    """The one operation that a decision needs, over torch's default process group."""
+
+    def all_reduce(self, tensor: Tensor, op: ReduceOp) -> Tensor:
+        assert op is ReduceOp.MAX
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
+
 class _Scaler(torch.amp.GradScaler):
     """Torch's scaler, with the update decided for all optimizers at once and by one read."""
 
@@ -355,7 +388,7 @@ class _Scaler(torch.amp.GradScaler):
         """Whether a loss was scaled."""
         return self._scale is not None
 
-    def is_finite(self, optimizers: Sequence[Optimizer], others: Collectives | None) -> bool:
+    def is_finite(self, optimizers: Sequence[Optimizer], others: DecidesTogether | None) -> bool:
         """Whether all their gradients were. The only moment that waits for the device."""
         flags = [
             flag
@@ -370,7 +403,7 @@ class _Scaler(torch.amp.GradScaler):
         return not sum(flag.to(home, non_blocking=True) for flag in flags)
 
     def _is_finite_everywhere(
-        self, optimizers: Sequence[Optimizer], flags: list[Tensor], others: Collectives
+        self, optimizers: Sequence[Optimizer], flags: list[Tensor], others: DecidesTogether
     ) -> bool:
         """The same, with the flags of all ranks. A rank without any gradient has a say as well."""
         assert self._scale is not None

@@ -15,6 +15,7 @@ from drivetrain_interfaces import ConfigurationError, UnsupportedError
 from drivetrain_toolkit.precision import (
     FullPrecision,
     ScaledAutocastPrecision,
+    ShardedScaledPrecision,
     TruePrecision,
     make_precision,
 )
@@ -321,8 +322,36 @@ class NativeMixedPrecisionPlugin(MixedPrecisionPlugin):
     """The older name of ``MixedPrecisionPlugin``."""
 
 
-def _scaled(device: str, scaler: torch.amp.GradScaler) -> ScaledAutocastPrecision:
-    return ScaledAutocastPrecision(
+class ShardedNativeMixedPrecisionPlugin(MixedPrecisionPlugin):
+    """Mixed precision for ranks that hold gradients of different parameters.
+
+    With 16, ranks decide together whether an update is applied. Arguments are those of
+    ``MixedPrecisionPlugin``.
+    """
+
+    def __init__(
+        self,
+        precision: str | int = 16,
+        device: str = "cuda",
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        super().__init__(precision, device, scaler)
+        if scaler is not None:
+            self._inner = _scaled(device, scaler, ShardedScaledPrecision)
+        elif self.name == "16-mixed":
+            self._inner = ShardedScaledPrecision(device)
+
+
+class FullyShardedNativeMixedPrecisionPlugin(ShardedNativeMixedPrecisionPlugin):
+    """The same, for strategies that shard the parameters as well. Clipping by norm works."""
+
+
+def _scaled(
+    device: str,
+    scaler: torch.amp.GradScaler,
+    kind: type[ScaledAutocastPrecision] = ScaledAutocastPrecision,
+) -> ScaledAutocastPrecision:
+    return kind(
         device,
         init_scale=scaler.get_scale(),
         growth_factor=scaler.get_growth_factor(),

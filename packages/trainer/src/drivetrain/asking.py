@@ -33,6 +33,7 @@ PRECISIONS: Final = frozenset(
         "bf16-true",
         "16-mixed",
         "bf16-mixed",
+        "fp8",
         "transformer-engine",
         "transformer-engine-float16",
     }

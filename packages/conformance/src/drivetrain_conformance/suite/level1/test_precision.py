@@ -26,6 +26,7 @@ MEANINGS = {
     "16-true": ("float16", "float16", False),
     "bf16-mixed": ("float32", "bfloat16", False),
     "16-mixed": ("float32", "float16", True),
+    "fp8": ("float32", "bfloat16", False),
 }
 
 
