@@ -75,6 +75,12 @@ HERE = {
     "MixedPrecisionPlugin": "drivetrain_toolkit.seeds.MixedPrecisionPlugin",
     "NativeMixedPrecisionPlugin": "drivetrain_toolkit.seeds.NativeMixedPrecisionPlugin",
     "DoublePrecisionPlugin": "drivetrain_toolkit.seeds.DoublePrecisionPlugin",
+    "ShardedNativeMixedPrecisionPlugin": (
+        "drivetrain_toolkit.seeds.ShardedNativeMixedPrecisionPlugin"
+    ),
+    "FullyShardedNativeMixedPrecisionPlugin": (
+        "drivetrain_toolkit.seeds.FullyShardedNativeMixedPrecisionPlugin"
+    ),
     "CheckpointIO": "drivetrain_interfaces.checkpoint.CheckpointIO",
     "TorchCheckpointIO": "drivetrain_toolkit.checkpoint.DirectoryCheckpointIO",
     "ClusterEnvironment": "drivetrain_interfaces.cluster.ClusterEnvironment",
