@@ -33,6 +33,7 @@ FACTS = DeviceFacts(
     interactive_launcher="fork",
     default_devices=0,
     indexed=True,
+    eager=True,
 )
 _PREFIXES = ("GPU-", "MIG-")
 
