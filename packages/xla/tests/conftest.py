@@ -16,8 +16,11 @@ from drivetrain_xla.runtime import open_runtime
 def pytest_configure(config):
     os.environ["PJRT_DEVICE"] = "CPU"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    spmd = any("test_spmd_" in argument for argument in config.args)
+    if spmd:
+        os.environ["CPU_NUM_DEVICES"] = "4"
     # Torch's engine counts devices once: no test may compute a gradient before they are there.
-    open_runtime()
+    open_runtime(spmd=spmd)
 
 
 def mean_square(module, batch):

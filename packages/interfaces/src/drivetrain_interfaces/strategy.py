@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StrategyContext:
-    """What a strategy is built from, in the process that uses it."""
+    """What a strategy is built from, in the process that uses it.
+
+    Attributes:
+        device_index: The device of this process, or the first of those that it drives.
+        devices: Indices of all devices of this machine that the run uses, for strategies that
+            drive several from one process; empty where nobody said.
+    """
 
     accelerator: Accelerator
     device_index: int
@@ -32,6 +38,7 @@ class StrategyContext:
     precision: Precision
     sync_batchnorm: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    devices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

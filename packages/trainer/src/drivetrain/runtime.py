@@ -176,6 +176,7 @@ class Runtime:
                 precision=precision,
                 sync_batchnorm=plan.sync_batchnorm,
                 options=dict(plan.options),
+                devices=plan.devices,
             )
         )
         checkpoint_io = parts.checkpoint_io or backend.checkpoint_io()

@@ -31,10 +31,9 @@ FACTS = DeviceFacts(
     collective_backend="gloo",
     autocast_type="xla",
     one_device_strategy="single_device",
-    several_devices_strategy="single_device",
+    several_devices_strategy="spmd",
     several_devices_launcher="none",
     interactive_launcher="none",
-    default_devices=1,
 )
 
 #: Not ``torch.inference_mode``, in which linear layers fail on XLA devices (torch 2.9).
@@ -59,7 +58,7 @@ spec = BackendSpec(
     contract=ContractVersion(0, 1),
     capabilities=Capabilities(features=FEATURES, precisions=PRECISIONS),
     facts=FACTS,
-    strategies=("single_device",),
+    strategies=("single_device", "spmd", "fsdp"),
     probe=_probe,
     load=_load,
     # On CPUs it is for trying things out: whoever wants a CPU means the backend for CPUs.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import torch
 from drivetrain_interfaces import UnavailableError
 
 from drivetrain_xla import FACTS, device_module
 from drivetrain_xla.probing import look
-from drivetrain_xla.runtime import open_runtime
+from drivetrain_xla.runtime import is_open, load_library, open_runtime
 
 if TYPE_CHECKING:
-    import torch
     from drivetrain_interfaces import DeviceFacts, Precision, StrategyFactory
 
 
@@ -48,7 +48,9 @@ class XlaAccelerator:
         return look(os.environ).devices
 
     def activate(self, index: int, local_size: int) -> torch.device:
-        """Open the runtime if it is not, and make device ``index`` current.
+        """Make device ``index`` current. Device 0 is so without opening anything.
+
+        So a strategy may still say how the devices are opened: one by one, or all as one.
 
         Raises:
             UnavailableError: There is no such device, or the runtime does not open.
@@ -60,6 +62,9 @@ class XlaAccelerator:
                 f"XLA device {index} was asked for, and this machine has {found.devices}{why}.",
                 f"Use an index below {found.devices}." if found.devices else "Mend that.",
             )
+        load_library()
+        if not index and not is_open():
+            return torch.device(FACTS.device_type, 0)
         open_runtime()
         import torch_xla
 
@@ -74,6 +79,7 @@ class XlaAccelerator:
 
     def synchronize(self, device: torch.device) -> None:
         """Compute what was traced, and return once it and all other work has finished."""
+        open_runtime()
         device_module.synchronize()
 
     def close(self) -> None:
@@ -81,8 +87,10 @@ class XlaAccelerator:
 
     def rng_state(self, device: torch.device) -> torch.Tensor:
         """The seed of the device's generator, as a uint8 tensor on the host."""
+        open_runtime()
         return device_module.get_rng_state(device)
 
     def set_rng_state(self, state: torch.Tensor, device: torch.device) -> None:
         """Restore a state."""
+        open_runtime()
         device_module.set_rng_state(state, device)

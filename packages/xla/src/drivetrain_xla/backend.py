@@ -12,7 +12,7 @@ from drivetrain_toolkit.precision import make_precision
 
 from drivetrain_xla import FACTS, PRECISIONS
 from drivetrain_xla.accelerator import XlaAccelerator
-from drivetrain_xla.runtime import open_runtime
+from drivetrain_xla.runtime import load_library
 
 if TYPE_CHECKING:
     from drivetrain_interfaces import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         World,
     )
 
-_NAMES = ("single_device",)
+_NAMES = ("fsdp", "single_device", "spmd")
 
 
 class XlaBackend:
@@ -61,10 +61,12 @@ class XlaBackend:
                 f"The 'xla' backend was asked for strategy {name!r}, which it does not declare.",
                 f"Use one of: {listed(_NAMES)}.",
             )
-        open_runtime()
+        load_library()
+        from drivetrain_xla.spmd import SpmdShardedStrategy, SpmdStrategy
         from drivetrain_xla.strategies import XlaStrategy
 
-        return XlaStrategy()(context)
+        kinds = (XlaStrategy, SpmdStrategy, SpmdShardedStrategy)
+        return next(kind for kind in kinds if kind.name == name)()(context)
 
     def launcher(self, name: str) -> Launcher | None:
         """None for every name: no processes are started."""

@@ -1,4 +1,8 @@
-"""Opening torch_xla's runtime, and what a process can know about it."""
+"""Opening torch_xla's runtime: once, in one of two ways, and before gradients are computed.
+
+A process that has opened devices one by one cannot take them as one (SPMD) any more: torch_xla 2.9
+crashes. So nothing is opened before it is known what a strategy wants.
+"""
 
 from __future__ import annotations
 
@@ -9,46 +13,91 @@ from drivetrain_interfaces import UnavailableError
 
 from drivetrain_xla import device_module
 
-_opened: set[str] = set()
+_opened: list[str] = []
 
 
-def open_runtime() -> None:
-    """Open the runtime, once for this process, and make sure that gradients can be had on it.
+def is_open() -> bool:
+    """Whether ``open_runtime`` was called."""
+    return bool(_opened)
+
+
+def load_library() -> None:
+    """Import torch_xla, which makes torch know the device type and opens nothing.
+
+    Raises:
+        UnavailableError: It does not load.
+    """
+    try:
+        import torch_xla  # noqa: F401 - for what importing it does
+    except ImportError as error:
+        raise UnavailableError(
+            f"torch_xla does not load: {error}.", "Install torch and torch_xla of one version."
+        ) from error
+    device_module.register()
+
+
+def open_runtime(*, spmd: bool = False) -> None:
+    """Open the runtime, and make sure that gradients can be had on it.
 
     Torch's engine for gradients counts devices when it is first used, and XLA's are there only once
     the runtime is open; so the runtime must come first (seen with torch 2.9).
 
+    Args:
+        spmd: Take all devices as one. Where they are one already, nothing has to be done.
+
     Raises:
-        UnavailableError: torch_xla does not load, there is no device, or this process has used
-            the engine already.
+        UnavailableError: There is no device, this process has opened them in the other way, or it
+            has computed gradients already.
     """
-    if _opened:
+    if _opened and not spmd:
         return
     asked = os.environ.get("PJRT_DEVICE")  # torch_xla sets it where it is not set
-    try:
-        import torch_xla
-        import torch_xla.runtime as xr
+    load_library()
+    if spmd:
+        _take_all_as_one()
+    if not _opened:
+        _opened.append(_open(asked))
+        _try_a_gradient()
 
-        device = torch_xla.device()
-        kind = xr.device_type()
-    except (ImportError, RuntimeError) as error:
+
+def _take_all_as_one() -> None:
+    import torch_xla
+    import torch_xla.runtime as xr
+
+    if xr.is_spmd():
+        return
+    if torch_xla._XLAC._xla_get_spmd_config_is_locked():  # noqa: SLF001 - nothing else tells
+        raise UnavailableError(
+            "All XLA devices were to be trained on as one (SPMD) in a process that has used them "
+            "one by one before, which torch_xla cannot change.",
+            "Do it in another process, or call drivetrain_xla.runtime.open_runtime(spmd=True) "
+            "where the program starts.",
+        )
+    xr.use_spmd()
+
+
+def _open(asked: str | None) -> str:
+    import torch_xla.runtime as xr
+
+    try:
+        xr.global_runtime_device_count()
+        kind: str = xr.device_type()
+    except RuntimeError as error:
         raise UnavailableError(
             f"torch_xla could not open its devices: {error}",
-            "Install torch and torch_xla of one version, and end other programs that use the TPU.",
+            "End other programs that use the TPU, and look at what libtpu says.",
         ) from error
     if kind == "CPU" and asked != "CPU":
         raise UnavailableError(
             "torch_xla found no TPU and took the CPU, which nobody asked for.",
             "Set PJRT_DEVICE=CPU to train on the CPU behind XLA, or use accelerator='cpu'.",
         )
-    device_module.register()
-    _try_a_gradient(device)
-    _opened.add(device.type)
+    return kind
 
 
-def _try_a_gradient(device: torch.device) -> None:
+def _try_a_gradient() -> None:
     """A gradient that is traced and never computed."""
-    value = torch.ones((), device=device, requires_grad=True)
+    value = torch.ones((), device=device_module.NAME, requires_grad=True)
     try:
         (value * 2).backward()  # type: ignore[no-untyped-call]
     except RuntimeError as error:

@@ -11,6 +11,7 @@ from drivetrain_interfaces import UnsupportedError
 from drivetrain_toolkit.strategies import SingleDeviceStrategy
 
 from drivetrain_xla import device_module
+from drivetrain_xla.runtime import open_runtime
 from drivetrain_xla.steps import XlaEvalStep, XlaManualStep, XlaTrainStep
 
 if TYPE_CHECKING:
@@ -23,15 +24,28 @@ if TYPE_CHECKING:
         ManualStep,
         ModelState,
         StepSpec,
+        StrategyContext,
         TrainStep,
     )
     from torch import nn
+    from typing_extensions import Self
 
 
 class XlaStrategy(SingleDeviceStrategy):
     """One process, one device: everything of an update is one graph."""
 
     name = "single_device"
+
+    def __call__(self, context: StrategyContext) -> Self:
+        """A bound copy. Opens the runtime, one device at a time unless it is open already.
+
+        Raises:
+            UnsupportedError: There are several processes.
+            UnavailableError: The runtime does not open.
+        """
+        strategy = super().__call__(context)
+        open_runtime()
+        return strategy
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """Convert, move, and seed the device's generator from the host's, which is left as it is.
