@@ -98,7 +98,7 @@ def shared_python(session: nox.Session) -> str:
         session.run(sys.executable, "-m", "virtualenv", "-q", "--clear", str(SHARED), external=True)
         tools = (
             *TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn",
-            "copier", "torchdata", "torchao",
+            "copier", "omegaconf", "torchdata", "torchao",
             "cloudpickle", "nbclient", "ipykernel", "kubeflow-trainer-api",
         )  # fmt: skip
         pip = (str(python), "-m", "pip", "install", "-q", *CONSTRAINTS)
