@@ -100,6 +100,7 @@ def shared_python(session: nox.Session) -> str:
             *TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn",
             "copier", "omegaconf", "torchdata", "torchao",
             "cloudpickle", "nbclient", "ipykernel", "kubeflow-trainer-api",
+            "omegaconf", "s3fs", "moto[s3]", "flask", "flask-cors",
         )  # fmt: skip
         pip = (str(python), "-m", "pip", "install", "-q", *CONSTRAINTS)
         session.run(*pip, *tools, *editable(TOGETHER), external=True)

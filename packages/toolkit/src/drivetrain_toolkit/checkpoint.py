@@ -29,6 +29,7 @@ from drivetrain_toolkit.comparing import Content, differences, values_of
 from drivetrain_toolkit.lazy import lazy_tensors
 from drivetrain_toolkit.localstore import LocalStore
 from drivetrain_toolkit.manifest import MANIFEST, STATE, VERSION, Manifest, damaged
+from drivetrain_toolkit.objectstore import ObjectStore
 from drivetrain_toolkit.reading import (
     content_problem,
     file_problems,
@@ -62,11 +63,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MANIFEST", "STATE", "TENSORS", "DirectoryCheckpointIO", "Manifest"]
 
+_LOCAL: Final = ("file://", "local://")
 _TRIES: Final = 5  # of a reader whose checkpoint is replaced before it has opened all files
 
 
 class DirectoryCheckpointIO:
-    """Writes and reads checkpoints as directories of a local or mounted file system.
+    """Writes and reads checkpoints as directories of a file system, or of any fsspec store by URL.
 
     One thread uses it. Besides ``CheckpointIO`` it offers every optional ability of
     ``drivetrain_interfaces.checkpoint``.
@@ -75,14 +77,22 @@ class DirectoryCheckpointIO:
         codecs: What values may be in a tree; by default those of this process.
         producer: What wrote the checkpoints, for their manifests.
         world_size: How many processes the run has, for their manifests.
+        storage_options: For the library that reaches an object store.
     """
 
     def __init__(
-        self, codecs: Codecs = CODECS, *, producer: str = "", world_size: int | None = None
+        self,
+        codecs: Codecs = CODECS,
+        *,
+        producer: str = "",
+        world_size: int | None = None,
+        storage_options: Mapping[str, Any] | None = None,
     ) -> None:
         self._codecs = codecs
         self._producer = producer
         self._world_size = world_size
+        self._storage_options = dict(storage_options or {})
+        self._stores: dict[str, Store] = {}
         self._pending: ThreadedSave | None = None
 
     def save(self, tree: Mapping[str, Any], path: str) -> None:
@@ -364,9 +374,10 @@ class DirectoryCheckpointIO:
 
     def _write(self, staged: Staged, path: str) -> None:
         with _storage("written", path):
-            draft = self._store(path).begin(path)
+            token = secrets.token_hex(8)
+            draft = self._store(path).begin(path, token)
             try:
-                write_alone(draft, staged, self._origin(secrets.token_hex(8)))
+                write_alone(draft, staged, self._origin(token))
             except BaseException:
                 draft.abandon()
                 raise
@@ -393,13 +404,12 @@ class DirectoryCheckpointIO:
         return Origin(self._producer or _producer(), self._world_size, token)
 
     def _store(self, path: str) -> Store:
-        if "://" in path:
-            raise StorageError(
-                f"The path {path!r} is on another system, and this checkpoint IO writes to file "
-                "systems of this machine.",
-                "Mount it, or use a checkpoint IO for it.",
-            )
-        return LocalStore()
+        if "://" not in path:
+            return LocalStore()
+        protocol = path.partition("://")[0]
+        if protocol not in self._stores:
+            self._stores[protocol] = ObjectStore(path, self._storage_options)
+        return self._stores[protocol]
 
     def _finish_pending(self) -> None:
         """One save at a time; and what went wrong in the one before is told."""
@@ -444,6 +454,11 @@ def _check_conversion(target: str, form: str) -> None:
             f"A checkpoint was to be converted to the form {form!r}.",
             f"Use one of {DIRECTORY!r}, {TORCH!r} and {SAFETENSORS!r}.",
         )
+    if "://" in target and form != DIRECTORY:
+        raise ConfigurationError(
+            f"A checkpoint was to be converted to the single file {target!r} in a store.",
+            "Convert it to a file of this machine, and copy that.",
+        )
     if "://" not in target and os.path.lexists(target):
         raise CheckpointError(
             f"A checkpoint was to be converted to {target!r}, where there is something already.",
@@ -461,8 +476,10 @@ def _problems(source: Source) -> list[str]:
 
 
 def _full(path: Any) -> str:
-    text = os.fspath(path)
-    return str(text) if "://" in text else os.path.abspath(os.path.expanduser(text))
+    text = str(os.fspath(path))
+    for prefix in _LOCAL:
+        text = text.removeprefix(prefix)
+    return text.rstrip("/") if "://" in text else os.path.abspath(os.path.expanduser(text))
 
 
 def _producer() -> str:

@@ -80,6 +80,8 @@ class LocalSource:
 class LocalDraft:
     """A hidden directory beside the one that it is going to be."""
 
+    longest_nap = 0.05
+
     def __init__(self, folder: str, path: str) -> None:
         self._folder = folder
         self._path = path
@@ -136,7 +138,7 @@ class LocalStore:
         """The directory, or the one that a killed process put aside."""
         return LocalSource(_located(_full(path)))
 
-    def begin(self, path: str, token: str = "") -> LocalDraft:
+    def begin(self, path: str, token: str) -> LocalDraft:
         """Make the directory above if need be, tidy up what killed processes left, and begin."""
         path = _full(path)
         durable.make_directories(os.path.dirname(path))

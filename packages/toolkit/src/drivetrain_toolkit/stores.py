@@ -63,6 +63,11 @@ class Draft(Protocol):
         """Delete it. Never raises."""
         ...
 
+    @property
+    def longest_nap(self) -> float:
+        """Seconds between two looks at the notes."""
+        ...
+
     # What several writers tell each other
     def tell(self, name: str, data: bytes) -> None:
         """Leave a note for the others; it appears as a whole."""
@@ -84,7 +89,7 @@ class Store(Protocol):
         """Raises ``CheckpointError`` if there is no directory."""
         ...
 
-    def begin(self, path: str, token: str = "") -> Draft:
+    def begin(self, path: str, token: str) -> Draft:
         """A new draft of ``path``. Raises ``CheckpointError`` if that is something else."""
         ...
 

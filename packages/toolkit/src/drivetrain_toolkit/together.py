@@ -140,11 +140,16 @@ class JointSave:
             there = draft.notes()
             return ", ".join(str(r) for r, name in enumerate(names) if name not in there)
 
-        self._until(complete, draft.notes, f"the {kind}s of processes", missing)
+        self._until(complete, draft.notes, f"the {kind}s of processes", missing, draft.longest_nap)
         return [draft.note(name) for name in names]
 
     def _await_publication(self, draft: Draft) -> None:
-        self._until(lambda: not self._notes(draft, gone=True), draft.notes, "process 0 to publish")
+        self._until(
+            lambda: not self._notes(draft, gone=True),
+            draft.notes,
+            "process 0 to publish",
+            longest_nap=draft.longest_nap,
+        )
         if self._published_id() != self._group.token:
             raise CheckpointError(
                 f"The checkpoint {self._path!r} was to be saved by {self._group.size} processes, "
@@ -187,12 +192,13 @@ class JointSave:
         progress: Callable[[], Any],
         what: str,
         missing: Callable[[], str] = lambda: "",
+        longest_nap: float = _LONGEST_NAP,
     ) -> None:
         nap = _SHORTEST_NAP
         seen, since = progress(), time.monotonic()
         while not reached():
             time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP)
+            nap = min(2 * nap, longest_nap)
             if (now := progress()) != seen:
                 seen, since = now, time.monotonic()
             elif time.monotonic() - since > self._group.timeout:
