@@ -239,3 +239,86 @@ def use_again(rank: Any, kind: str) -> dict[str, Any]:
     with step:
         step([again.feed(batches(rank.world.rank, 1)[0])])
     return {"before": before, "after": after, "losses": losses, "end": parameters(module)}
+
+
+class Pairs(nn.Module):
+    """A loss that compares every row of a batch with every other, as contrastive ones do."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.inner = model(seed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def contrast(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    made, wanted = module(batch[0]), batch[1]
+    return (made @ made.T - wanted @ wanted.T).square().mean()
+
+
+def contrast_by_parts(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The same through a child of the module."""
+    made, wanted = module.inner(batch[0]), batch[1]
+    return (made @ made.T - wanted @ wanted.T).square().mean()
+
+
+def train_on_nodes(
+    rank: Any, node_size: int, loss: str, accumulate: int = 1, rows: int = ROWS
+) -> dict[str, Any]:
+    """Updates whose loss is over the batches of a node."""
+    strategy = bound(rank, "DDP2Strategy", {"node_size": node_size})
+    module = strategy.prepare(Pairs(rank.world.rank))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    spec = StepSpec(
+        module, [optimizer], globals()[loss], accumulate=accumulate, weight=lambda b: len(b[0])
+    )
+    step = strategy.train_step(spec)
+    with step:
+        losses = [
+            float(step(window).loss)
+            for window in windows(batches(rank.world.rank, 6, rows + rank.world.rank), accumulate)
+        ]
+    return {"end": parameters(module), "losses": losses}
+
+
+def windows(drawn: list[Any], accumulate: int) -> list[list[Any]]:
+    return [drawn[n : n + accumulate] for n in range(0, len(drawn), accumulate)]
+
+
+def nodes_by_hand(size: int, node_size: int, accumulate: int = 1, rows: int = ROWS) -> Any:
+    """The same in one process: the mean over nodes of the loss of each node's batch."""
+    module = Pairs(0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01)
+    by_rank = [batches(rank, 6, rows + rank) for rank in range(size)]
+    per_node = [
+        [
+            tuple(torch.cat(parts) for parts in zip(*row, strict=True))
+            for row in zip(*by_rank[first : first + node_size], strict=True)
+        ]
+        for first in range(0, size, node_size)
+    ]
+    for window in zip(*(windows(node, accumulate) for node in per_node), strict=True):
+        losses = []
+        for node in window:
+            total = sum(len(batch[0]) for batch in node)
+            losses.append(sum(contrast(module, b) * (len(b[0]) / total) for b in node))
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(module.named_parameters())
+
+
+def call_the_next(rank: Any) -> float:
+    """Train, and ask the next rank to add two numbers meanwhile."""
+    from torch.distributed import rpc
+
+    strategy = bound(rank, "RPCStrategy", {"rpc_timeout_s": 50.0})
+    module = strategy.prepare(model(rank.world.rank))
+    step = strategy.train_step(StepSpec(module, OPTIMIZERS["sgd"](module), loss_of))
+    with step:
+        step([batches(rank.world.rank, 1)[0]])
+    other = (rank.world.rank + 1) % rank.world.size
+    made = rpc.rpc_sync(f"worker{other}", torch.add, args=(torch.tensor(2.0), rank.world.rank))
+    strategy.close()
+    return float(made)

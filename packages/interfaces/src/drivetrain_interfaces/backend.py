@@ -81,6 +81,8 @@ class StrategySpec:
             torch runs operation by operation.
         capabilities: What it can do; a run has what both it and the backend can.
         load: Imports the engine and returns the factory.
+        one_process: Whether one process drives all devices of a machine; its options then hold
+            their indices under ``"devices"``.
     """
 
     name: str
@@ -88,6 +90,7 @@ class StrategySpec:
     device_types: frozenset[str]
     capabilities: Capabilities
     load: Callable[[], StrategyFactory]
+    one_process: bool = False
 
     def runs_on(self, facts: DeviceFacts) -> bool:
         """Whether it runs on a family of devices with these facts."""

@@ -7,6 +7,7 @@ A subclass that overrides a method which nothing calls any more is refused when 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import torch
@@ -158,6 +159,14 @@ class SingleDevicePlugin(_Asked, _Place, SingleDeviceStrategy):
                 "Choose the device by the trainer's accelerator= and devices=.",
             )
         return strategy
+
+
+class OldStrategy(_Asked, _Place):
+    """What every older strategy class has, and which of its methods may be overridden."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _refuse_old_overrides(cls, _OLD_STRATEGY_METHODS)
 
 
 class ParallelPlugin(_Asked, _Place, DDPStrategy):
@@ -358,3 +367,13 @@ def _scaled(
         backoff_factor=scaler.get_backoff_factor(),
         growth_interval=scaler.get_growth_interval(),
     )
+
+
+#: Those that need more of torch than most users do.
+_ELSEWHERE: Final = frozenset({"DDP2Plugin", "DDPShardedPlugin", "DataParallelPlugin", "RPCPlugin"})
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("drivetrain_toolkit.seed_strategies"), name)

@@ -57,6 +57,9 @@ PRECISIONS = frozenset(
 )
 
 _FEATURES = {
+    "dp": SHARDED_FEATURES - {Feature.SEVERAL_PROCESSES},
+    "ddp2": SHARDED_FEATURES,
+    "rpc": DDP_FEATURES | {Feature.SYNC_BATCHNORM},
     "zero1": SHARDED_FEATURES,
     "zero2": SHARDED_FEATURES,
     "fsdp": SHARDED_FEATURES,
@@ -77,16 +80,20 @@ def _load(target: str) -> StrategyFactory:
     return factory
 
 
-def _spec(name: str, target: str) -> StrategySpec:
+def _spec(name: str, target: str, *, one_process: bool = False) -> StrategySpec:
     return StrategySpec(
         name=name,
         contract=CONTRACT,
         device_types=frozenset({EAGER}),
         capabilities=CAPABILITIES[name],
         load=partial(_load, target),
+        one_process=one_process,
     )
 
 
 ZERO1 = _spec("zero1", "zero1:Zero1Strategy")
 ZERO2 = _spec("zero2", "fsdp:Zero2Strategy")
 FSDP = _spec("fsdp", "fsdp:FSDPStrategy")
+DP = _spec("dp", "dp:DataParallelStrategy", one_process=True)
+DDP2 = _spec("ddp2", "ddp2:DDP2Strategy")
+RPC = _spec("rpc", "remote:RPCStrategy")

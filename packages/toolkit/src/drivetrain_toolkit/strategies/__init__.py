@@ -14,14 +14,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from drivetrain_toolkit.strategies.ddp import DDPStrategy as DDPStrategy
+    from drivetrain_toolkit.strategies.ddp2 import DDP2Strategy as DDP2Strategy
+    from drivetrain_toolkit.strategies.dp import DataParallelStrategy as DataParallelStrategy
     from drivetrain_toolkit.strategies.eager import EagerStrategy as EagerStrategy
     from drivetrain_toolkit.strategies.eager import SingleDeviceStrategy as SingleDeviceStrategy
     from drivetrain_toolkit.strategies.fsdp import FSDPStrategy as FSDPStrategy
     from drivetrain_toolkit.strategies.fsdp import Zero2Strategy as Zero2Strategy
+    from drivetrain_toolkit.strategies.remote import RPCStrategy as RPCStrategy
     from drivetrain_toolkit.strategies.zero1 import Zero1Strategy as Zero1Strategy
 
 _HOME = {
+    "DDP2Strategy": "ddp2",
     "DDPStrategy": "ddp",
+    "DataParallelStrategy": "dp",
+    "RPCStrategy": "remote",
     "EagerStrategy": "eager",
     "FSDPStrategy": "fsdp",
     "SingleDeviceStrategy": "eager",

@@ -71,14 +71,30 @@ def _told_nodes(draft: Draft, asked: int) -> int:
     return told.num_nodes
 
 
+def _strategy_in_one_process(draft: Draft) -> bool:
+    """Whether the strategy that was asked for drives all devices of a machine from one process."""
+    ask = draft.asks.strategy
+    if ask is None:
+        return False
+    if not isinstance(ask.value, str):
+        return getattr(ask.value, "one_process", False) is True
+    return any(
+        entry.name == ask.value and entry.spec is not None and entry.spec.one_process
+        for entry in draft.machine.inventory.strategies
+    )
+
+
 def choose_places(draft: Draft, spec: BackendSpec, probe: Probe, num_nodes: int) -> Places | None:
     """Devices and processes, held against what a cluster has started."""
     world = draft.machine.cluster.world
     # Some families drive all devices of a machine from one process; their facts say so.
-    one_process = spec.facts.several_devices_launcher == NO_LAUNCHER
+    by_strategy = _strategy_in_one_process(draft)
+    one_process = by_strategy or spec.facts.several_devices_launcher == NO_LAUNCHER
     devices = _devices(draft, spec, probe, None if one_process else world)
     if devices is None:
         return None
+    if by_strategy:
+        draft.asks.options.setdefault("devices", devices)
     local = 1 if one_process else len(devices)
     if world is None:
         places = Places(devices, num_nodes, local * num_nodes, local)

@@ -1,0 +1,162 @@
+"""Batches as rows: how many there are, some of them, and those of several ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from drivetrain_interfaces import DataError
+from torch import Tensor
+
+from drivetrain_toolkit.trees import mapped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from drivetrain_interfaces import StepResult
+    from torch.distributed import ProcessGroup
+    from typing_extensions import Self
+
+    from drivetrain_toolkit.steps import EagerTrainStep
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def look(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim():
+            found.append(value)
+        return value
+
+    mapped(batch, look)
+    return found
+
+
+def count_rows(batch: Any, owner: str) -> int:
+    """The length of the first dimension of a batch's tensors.
+
+    Raises:
+        DataError: They have none, or several lengths.
+    """
+    lengths = {tensor.shape[0] for tensor in _tensors(batch)}
+    if len(lengths) != 1:
+        raise DataError(
+            f"The strategy {owner!r} divides batches by rows, and the tensors of this one have "
+            f"{sorted(lengths) or 'no'} rows.",
+            "Let the first dimension of every tensor be the samples.",
+        )
+    return lengths.pop()
+
+
+def some_rows(batch: Any, first: int, last: int) -> Any:
+    """The rows from ``first`` up to ``last`` of every tensor; the rest as it is."""
+
+    def cut(value: Any) -> Any:
+        return value[first:last] if isinstance(value, Tensor) and value.dim() else value
+
+    return mapped(batch, cut)
+
+
+def divided(rows: int, parts: int) -> list[tuple[int, int]]:
+    """The bounds of at most ``parts`` parts, none of them empty, that differ by one row at most."""
+    parts = max(1, min(parts, rows))
+    bounds = [number * rows // parts for number in range(parts + 1)]
+    return list(pairwise(bounds))
+
+
+class Gathered:
+    """Batches of the ranks of a group as one, in the order of the ranks.
+
+    Args:
+        group: The ranks; None means all.
+        owner: Name of the strategy, for messages.
+    """
+
+    def __init__(self, group: ProcessGroup | None, owner: str) -> None:
+        self._group = group
+        self._owner = owner
+        self.rank = dist.get_rank(group)
+        self.counts: list[int] = []
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """This rank's rows in the batch that was gathered last."""
+        first = sum(self.counts[: self.rank])
+        return first, first + self.counts[self.rank]
+
+    def __call__(self, batch: Any) -> Any:
+        """The rows of all ranks. Every rank of the group calls it."""
+        tensors = _tensors(batch)
+        home = tensors[0].device if tensors else torch.device("cpu")
+        mine = torch.tensor([count_rows(batch, self._owner)], device=home)
+        counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(counts, mine, group=self._group)
+        self.counts = [int(each) for each in counts]
+
+        def gather(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.dim():
+                return value
+            return torch.cat(self.rows(value.detach()))
+
+        return mapped(batch, gather)
+
+    def rows(self, mine: Tensor) -> list[Tensor]:
+        """A tensor of every rank, each with as many rows as its batch."""
+        longest = max(self.counts)
+        padded = mine.new_zeros((longest, *mine.shape[1:]))
+        padded[: mine.shape[0]] = mine
+        parts = [torch.empty_like(padded) for _ in self.counts]
+        dist.all_gather(parts, padded, group=self._group)
+        return [part[:count] for part, count in zip(parts, self.counts, strict=True)]
+
+
+class GatheredWindow(Collection[Any]):
+    """A window whose microbatches are gathered when they are drawn."""
+
+    def __init__(self, microbatches: Collection[Any], gather: Callable[[Any], Any]) -> None:
+        self._microbatches = microbatches
+        self._gather = gather
+
+    def __len__(self) -> int:
+        return len(self._microbatches)
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._microbatches
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._gather, self._microbatches)
+
+
+class GatheringStep:
+    """A train step that takes what the ranks of a group have as one.
+
+    Args:
+        step: Trains on the gathered windows.
+        gather: Gathers one microbatch.
+    """
+
+    def __init__(self, step: EagerTrainStep, gather: Callable[[Any], Any]) -> None:
+        self._step = step
+        self._gather = gather
+
+    def __call__(self, microbatches: Collection[Any]) -> StepResult:
+        """Train on one window."""
+        return self._step(GatheredWindow(microbatches, self._gather))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+def weighted_sum(losses: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    """Losses of parts as the loss of the whole, on the device of the first."""
+    home = losses[0].device
+    total = losses[0] * shares[0]
+    for loss, share in zip(losses[1:], shares[1:], strict=True):
+        total = total + loss.to(home) * share
+    return total
