@@ -134,10 +134,12 @@ def test_names_of_other_packages_say_what_to_do(name, installed):
     assert expected in str(caught.value)
 
 
-def test_a_recent_release_without_the_class_is_a_broken_package(installed):
+def test_a_recent_release_without_the_class_is_a_broken_package(installed, monkeypatch):
     installed(drivetrain_toolkit="0.2.1")
+    entry = {"distribution": "drivetrain-toolkit", "target": "drivetrain_toolkit.seeds:Gone"}
+    monkeypatch.setitem(names.table()["classes"], "GonePlugin", {**entry, "since": "0.2"})
     with pytest.raises(BrokenPackageError, match=r"drivetrain-toolkit 0\.2\.1"):
-        plugins.DDP2Plugin  # noqa: B018 - looking it up is what raises
+        plugins.GonePlugin  # noqa: B018 - looking it up is what is tested
 
 
 def test_an_unknown_name_is_an_ordinary_attribute_error():
