@@ -64,6 +64,7 @@ class Tuned:
         self._optimizers: tuple[Optimizer, ...] = ()
         self._context: StrategyContext | None = None
         self._feeding: SideStreamFeed | None = None
+        self._outside: tuple[nn.Module, tuple[str, ...]] | None = None
 
     def __call__(self, context: StrategyContext) -> Self:
         """A copy around the bound strategy; this object stays as it is."""
@@ -121,6 +122,9 @@ class Tuned:
         if self._fused:
             use_fused(spec.optimizers)
         self._optimizers = tuple(spec.optimizers)
+        self._take_back()
+        if self._compile is not None:
+            self._outside = (spec.module, self._compile.leave_out(spec.module))
         step = self._inner.train_step(replace(spec, loss=self._tuned(spec.loss)))
         return cast("TrainStep", _ExplainedStep(step, _Explaining(self, "a train step")))
 
@@ -162,8 +166,16 @@ class Tuned:
     def close(self) -> None:
         """Undo wrapping and release the device. Safe to call twice."""
         self._module, self._optimizers = None, ()
+        self._take_back()
         if self._context is not None:
             self._inner.close()
+
+    def _take_back(self) -> None:
+        if self._outside is not None:
+            module, names = self._outside
+            for name in names:
+                module.__dict__.pop(name, None)
+            self._outside = None
 
     def _tuned(self, loss: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return loss if self._compile is None else self._compile(loss)
