@@ -408,3 +408,10 @@ def fuzz(session: nox.Session) -> None:
     """Fuzz the readers of checkpoints, guided by coverage: ``nox -s fuzz -- SECONDS``."""
     session.install("-q", *CONSTRAINTS, "atheris", *editable(["interfaces", "toolkit"]))
     session.run("python", "ci/fuzz_checkpoints.py", *session.posargs)
+
+
+def lightning(session: nox.Session) -> None:
+    """Import checkpoints that Lightning has just written, and go on from them."""
+    local = editable(["interfaces", "toolkit", "cpu", "trainer"])
+    session.install("-q", *CONSTRAINTS, *TEST_TOOLS, "lightning", *local)
+    session.run("pytest", "tests-integration/test_lightning_import.py", *session.posargs)

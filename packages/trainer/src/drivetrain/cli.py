@@ -1,4 +1,4 @@
-"""The ``drivetrain`` command: train from a file, show a plan, look at the machine.
+"""The ``drivetrain`` command: train from a file, show a plan, look at machine and checkpoints.
 
 Only what a command needs is imported: ``plan``, ``doctor`` and ``--version`` load no torch.
 """
@@ -33,6 +33,7 @@ _LOOKS: Final = {
     "plan": "show what a run would be, and why",
     "submit": "write the job file for a batch system, and submit it with --go",
     "doctor": "show what is installed, what the machine has, and what to install",
+    "checkpoint": "verify, inspect, convert, consolidate, diff or prune checkpoints",
     "new-backend": "write the package of a new backend",
 }
 #: Exit codes: wrong settings, a run that failed, and a run that Ctrl-C ended.
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "submit": _submit,
         "doctor": _doctor,
+        "checkpoint": _checkpoint,
         "new-backend": _new_backend,
         "--version": _version,
         "--help": _help,
@@ -162,6 +164,12 @@ def _submit(words: Sequence[str]) -> int:
     from drivetrain.submit import submit
 
     return submit(words, _say)
+
+
+def _checkpoint(words: Sequence[str]) -> int:
+    from drivetrain.checkpoint_cli import run
+
+    return run(words)
 
 
 def _new_backend(words: Sequence[str]) -> int:

@@ -371,7 +371,7 @@ class Module(nn.Module):
         from drivetrain.snapshot import read_checkpoint
 
         tree = read_checkpoint(path, checkpoint_io)
-        module = cls(**{**_accepted(cls, tree.get("hyper_parameters", {})), **init})
+        module = cls(**{**accepted(cls, tree.get("hyper_parameters", {})), **init})
         module.load_state_dict(tree["module"], strict=strict)
         return module
 
@@ -390,7 +390,7 @@ def _init_arguments(module: Module, frame: FrameType | None) -> dict[str, Any]:
     return found
 
 
-def _accepted(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def accepted(cls: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those that ``cls`` takes: a base class may have recorded what a subclass decides itself."""
     taken = inspect.signature(cls).parameters
     if any(each.kind is each.VAR_KEYWORD for each in taken.values()):

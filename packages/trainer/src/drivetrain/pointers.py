@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from drivetrain_interfaces import CheckpointError
+from drivetrain_interfaces import CheckpointError, SupportsInspect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,6 +70,14 @@ def load(checkpoint_io: CheckpointIO, path: str) -> dict[str, Any]:
             "Give the path of the checkpoint itself.",
         )
     return checkpoint_io.load(os.path.join(os.path.dirname(path), target))
+
+
+def names_another(checkpoint_io: CheckpointIO, path: str) -> bool:
+    """Whether a checkpoint that is whole does nothing but stand for another."""
+    if isinstance(checkpoint_io, SupportsInspect):
+        facts = checkpoint_io.inspect(path)
+        return not facts.tensors and _target(facts.values) is not None
+    return _target(checkpoint_io.load(path)) is not None
 
 
 def _target(tree: Mapping[str, Any]) -> str | None:

@@ -111,7 +111,7 @@ class Session:
         train = feed_of(
             self._loader("fit", loaders),
             self.stack.world,
-            seed=self.seed if tree is None else tree.get("data", {}).get("seed", self.seed),
+            seed=self._seed_of(tree),
             training=True,
             distribute=self.settings.use_distributed_sampler,
             name="train loader",
@@ -169,6 +169,11 @@ class Session:
             self.stack.collectives.barrier()
         self._stopped_by(stop)
         self.hooks.call("on_fit_end")
+
+    def _seed_of(self, tree: Mapping[str, Any] | None) -> int:
+        """The seed of the order of samples: the checkpoint's, if it says one."""
+        saved = None if tree is None else tree.get("data", {}).get("seed")
+        return self.seed if saved is None else saved
 
     def _training_step(self, placed: Any, metrics: Metrics) -> tuple[Any, Any]:
         feed = self._feed(0)

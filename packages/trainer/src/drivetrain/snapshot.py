@@ -6,6 +6,7 @@ belongs to one rank (random numbers, unfinished epoch metrics) under that rank's
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from drivetrain_interfaces import (
     UnsupportedError,
 )
 from drivetrain_interfaces.discovery import take_inventory
+from drivetrain_interfaces.errors import listed
 
 from drivetrain import pointers
 from drivetrain.exchange import gather_objects
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
     from drivetrain.loop import FitRun
     from drivetrain.runtime import Stack
+
+log = logging.getLogger("drivetrain")
 
 T = TypeVar("T")
 
@@ -119,6 +123,25 @@ def _copied(part: Any) -> Any:
     return part
 
 
+def default_io(path: str) -> CheckpointIO:
+    """The checkpoint IO of the best available backend, to read or write ``path``.
+
+    Raises:
+        CheckpointError: No backend that can run here is installed.
+    """
+    specs = [
+        entry.spec
+        for entry in take_inventory().backends
+        if entry.spec is not None and entry.probe is not None and entry.probe.devices
+    ]
+    if not specs:
+        raise CheckpointError(
+            f"{path!r} cannot be read, since no installed backend can run on this machine.",
+            "Pass checkpoint_io, or install a backend such as drivetrain[cpu].",
+        )
+    return max(specs, key=lambda spec: spec.priority).load().checkpoint_io()
+
+
 def read_checkpoint(path: str, checkpoint_io: CheckpointIO | None = None) -> dict[str, Any]:
     """Read a checkpoint outside a run, by default with the best available backend's IO.
 
@@ -126,17 +149,7 @@ def read_checkpoint(path: str, checkpoint_io: CheckpointIO | None = None) -> dic
         CheckpointError: It is missing, corrupt or foreign, or nothing is installed to read it.
     """
     if checkpoint_io is None:
-        specs = [
-            entry.spec
-            for entry in take_inventory().backends
-            if entry.spec is not None and entry.probe is not None and entry.probe.devices
-        ]
-        if not specs:
-            raise CheckpointError(
-                f"{path!r} cannot be read, since no installed backend can run on this machine.",
-                "Pass checkpoint_io, or install a backend such as drivetrain[cpu].",
-            )
-        checkpoint_io = max(specs, key=lambda spec: spec.priority).load().checkpoint_io()
+        checkpoint_io = default_io(path)
     return pointers.load(checkpoint_io, path)
 
 
@@ -165,6 +178,7 @@ def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
             "Resume from a full checkpoint, or load the weights with Module.load_from_checkpoint.",
         )
     _check_schedulers(run, tree)
+    _say_what_differs(run, tree)
     run.stack.strategy.load(
         ModelState(tree["module"], tree["optimizers"], tree["precision"]),
         strict=run.module.strict_loading,
@@ -172,7 +186,8 @@ def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
     for scheduled, state in zip(run.schedulers, tree["schedulers"], strict=True):
         scheduled.scheduler.load_state_dict(state)
     run.progress.load_state_dict(tree["loop"])
-    run.seed = tree["data"]["seed"]
+    if tree["data"]["seed"] is not None:
+        run.seed = tree["data"]["seed"]
     _restore_position(run, tree)
     own = tree["ranks"].get(str(run.stack.world.rank))
     if own is not None:
@@ -196,6 +211,8 @@ def restore_rng(run: FitRun, tree: Mapping[str, Any]) -> None:
 def _restore_position(run: FitRun, tree: Mapping[str, Any]) -> None:
     """Where in the epoch the data continues; counted in samples when the world has changed."""
     samples, size = tree["data"]["samples"], run.feed.round_size
+    if samples is None:
+        return  # a foreign checkpoint, which counts in batches
     if size:
         run.progress.batch, run.sample_offset = divmod(samples, size)
     elif run.progress.batch and tree["data"]["world"] != run.stack.world.size:
@@ -203,6 +220,20 @@ def _restore_position(run: FitRun, tree: Mapping[str, Any]) -> None:
             f"The checkpoint was saved inside an epoch on {tree['data']['world']} ranks, and the "
             f"train loader cannot continue there on {run.stack.world.size}.",
             "Use a DataLoader over a map-style data set, or the same number of processes.",
+        )
+
+
+def _say_what_differs(run: FitRun, tree: Mapping[str, Any]) -> None:
+    """With ``strict_loading=False`` names may differ; which ones do is said once."""
+    if run.module.strict_loading or not run.stack.world.is_main:
+        return
+    here, there = run.module.state_dict().keys(), tree["module"].keys()
+    if here != there:
+        log.warning(
+            "strict_loading is False, so what has the same name is restored. Missing from the "
+            "checkpoint: %s; in the checkpoint only: %s.",
+            listed(here - there),
+            listed(there - here),
         )
 
 
