@@ -410,6 +410,7 @@ def fuzz(session: nox.Session) -> None:
     session.run("python", "ci/fuzz_checkpoints.py", *session.posargs)
 
 
+@nox.session(default=False)
 def lightning(session: nox.Session) -> None:
     """Import checkpoints that Lightning has just written, and go on from them."""
     local = editable(["interfaces", "toolkit", "cpu", "trainer"])
