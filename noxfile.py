@@ -68,7 +68,7 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = [
     "lint", "gates", "imports", "wheels", "types", *(f"tests({name})" for name in TOGETHER),
     *(f"backend({name})" for name in (*BACKENDS, "simulated") if name not in APART + ELSEWHERE),
-    "capabilities", "integration", "docs", "alone", "scaffold", "quickstart",
+    "capabilities", "integration", "clusters", "docs", "alone", "scaffold", "quickstart",
 ]  # fmt: skip
 
 
@@ -187,8 +187,64 @@ def tests(session: nox.Session, name: str) -> None:
 def integration(session: nox.Session) -> None:
     """Run the tests that need several packages at once."""
     session.run(
-        shared_python(session), "-m", "pytest", "tests-integration", *session.posargs, external=True
-    )
+        shared_python(session), "-m", "pytest", "tests-integration",
+        "--ignore=tests-integration/clusters", *session.posargs, external=True,
+    )  # fmt: skip
+
+
+#: What brings each program that the tests of clusters start, by the name of the program.
+CLUSTER_PROGRAMS = {
+    "slurmctld": "slurmctld", "slurmd": "slurmd", "srun": "slurm-client", "munged": "munge",
+    "mpirun": "openmpi-bin", "ip": "iproute2", "nsenter": "util-linux",
+}  # fmt: skip
+
+
+def install_programs(session: nox.Session) -> None:
+    """Install what tests of clusters start, as root on Debian; elsewhere say what is missing.
+
+    Tests skip what is not there, with the reason, so that this never fails.
+    """
+    missing = sorted({p for name, p in CLUSTER_PROGRAMS.items() if not shutil.which(name)})
+    if not missing:
+        return
+    if os.name == "nt" or os.geteuid() != 0 or not shutil.which("apt-get"):
+        session.warn(f"not installed, and only root can on Debian: {', '.join(missing)}")
+        return
+    install = ("apt-get", "install", "-y", "-q", "--no-install-recommends", *missing)
+    for words in (install, ("apt-get", "update", "-q"), install):
+        if all(map(shutil.which, CLUSTER_PROGRAMS)):
+            return
+        session.run(
+            *words, env={"DEBIAN_FRONTEND": "noninteractive"}, success_codes=range(256),
+            external=True, silent=True,
+        )  # fmt: skip
+
+
+@nox.session(venv_backend="none")
+def clusters(session: nox.Session) -> None:
+    """Run on a real SLURM, mpirun, and torchrun of two hosts, all here; ``-- -m slow`` for more.
+
+    What is missing is installed with apt, where that is possible.
+    """
+    install_programs(session)
+    session.run(
+        shared_python(session), "-m", "pytest", "tests-integration/clusters", "--timeout=300",
+        *(session.posargs or ("-m", "not slow")), external=True,
+    )  # fmt: skip
+
+
+@nox.session(default=False)
+def engines(session: nox.Session) -> None:
+    """Run all tests of clusters, with Ray and MPICH besides, in an environment of its own."""
+    install_programs(session)
+    session.install(
+        "-q", *CONSTRAINTS, *TEST_TOOLS, "cloudpickle", "mpich", "ray",
+        *editable(["interfaces", "toolkit", "cpu", "trainer"]),
+    )  # fmt: skip
+    session.run(
+        "python", "-m", "pytest", "tests-integration/clusters", "--timeout=600", *session.posargs,
+        env={"DRIVETRAIN_TEST_MPI": session.bin},
+    )  # fmt: skip
 
 
 @nox.session

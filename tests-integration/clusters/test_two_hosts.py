@@ -1,0 +1,89 @@
+"""On two hosts that a cable joins: torchrun on each, and machines that only variables describe."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+EQUAL = str(HERE / "ddp_equal.py")
+
+
+def _both(two_hosts, folder, words_of, env):
+    """Run a command on each host at the same time; what each printed."""
+    started = [
+        subprocess.Popen(
+            two_hosts.on(host, *words_of(number, host)),
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, host in enumerate(("hosta", "hostb"))
+    ]
+    try:
+        said = [each.communicate(timeout=250) for each in started]
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    for each, (_, errors) in zip(started, said, strict=True):
+        assert each.returncode == 0, errors
+    return "".join(out for out, _ in said)
+
+
+def _same(found, alone):
+    for ours, theirs in zip(found["weights"], alone, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))
+
+
+def test_torchrun_on_two_hosts_trains_as_one_process_does(
+    two_hosts, tmp_path, values, alone, clean_variables
+):
+    def words(number, host):
+        run = (sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1")
+        meet = ("--rdzv-backend=c10d", "--rdzv-endpoint=hosta:29400", "--rdzv-id=j")
+        return (*run, *meet, EQUAL)
+
+    env = {**clean_variables, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    (found,) = values(_both(two_hosts, tmp_path, words, env))
+    assert (found["size"], found["environment"]) == (2, "torchrun")
+    _same(found, alone)
+
+
+@pytest.mark.slow
+def test_the_script_launcher_of_two_machines_trains_as_one_process_does(
+    two_hosts, tmp_path, values, alone, clean_variables
+):
+    settings = json.dumps({"devices": 2, "num_nodes": 2})
+
+    def words(number, host):
+        place = (f"NODE_RANK={number}", "MASTER_ADDR=hosta", "MASTER_PORT=29500")
+        return ("env", *place, sys.executable, EQUAL, settings)
+
+    (found,) = values(_both(two_hosts, tmp_path, words, clean_variables))
+    assert (found["size"], found["environment"]) == (4, "local")
+    _same(found, alone)
+
+
+@pytest.mark.slow
+def test_the_pods_of_a_trainjob_start_their_processes_and_train_as_one_does(
+    two_hosts, tmp_path, values, alone, clean_variables
+):
+    """Hosts for pods, with the variables that the operator sets; two processes in each."""
+
+    def words(number, host):
+        pod = ("PET_NNODES=2", "PET_NPROC_PER_NODE=2", f"PET_NODE_RANK={number}")
+        meet = ("PET_MASTER_ADDR=hosta", "PET_MASTER_PORT=29400", f"HOSTNAME={host}")
+        return ("env", *pod, *meet, sys.executable, EQUAL)
+
+    (found,) = values(_both(two_hosts, tmp_path, words, clean_variables))
+    assert (found["size"], found["environment"]) == (4, "local"), "launched by the trainer"
+    _same(found, alone)
