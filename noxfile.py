@@ -243,7 +243,7 @@ def engines(session: nox.Session) -> None:
     )  # fmt: skip
     session.run(
         "python", "-m", "pytest", "tests-integration/clusters", "--timeout=600", *session.posargs,
-        env={"DRIVETRAIN_TEST_MPI": session.bin},
+        env={"TEST_MPI_PATH": session.bin},
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ AS_ROOT = {
 @pytest.fixture(params=["open-mpi", "mpich"])
 def mpirun(request, run, tmp_path):
     """The program, which is Open MPI's or MPICH's; folders of others can be put before the PATH."""
-    folders = os.environ.get("DRIVETRAIN_TEST_MPI", "").split(os.pathsep)
+    folders = os.environ.get("TEST_MPI_PATH", "").split(os.pathsep)
     path = os.pathsep.join([*filter(None, folders), os.environ["PATH"]])
     sign = {"open-mpi": ("Open MPI", "OpenRTE", "PRTE"), "mpich": ("HYDRA", "MPICH")}[request.param]
     for folder in path.split(os.pathsep):

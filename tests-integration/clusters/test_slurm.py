@@ -122,3 +122,52 @@ def test_submit_writes_a_job_that_slurm_runs(slurm, values, until):
         return "".join(log.read_text() for log in slurm.folder.glob("who-*.out"))
 
     until(lambda: len(values(logged())) == 4, "what four tasks say")
+
+
+def _job(slurm, name, action="requeue"):
+    """A script with two tasks on two nodes that train for a while, and its folder."""
+    folder = slurm.folder / name
+    folder.mkdir()
+    script = folder / "job.sh"
+    train = f"{sys.executable} {HERE / 'requeued.py'} {folder} {action}"
+    script.write_text(f"#!/bin/sh\nexec srun {train}\n")
+    options = ("-N2", "--ntasks-per-node=1", "--mem-per-cpu=0", "--requeue", "--open-mode=append")
+    return folder, (*options, f"--output={folder}/log.txt", str(script))
+
+
+def _losses(folder):
+    """The loss of each step; of one that was done twice, the later."""
+    path = folder / "losses.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return dict(line.split() for line in lines)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_requeued_by_a_signal_goes_on_with_the_same_losses(slurm, until):
+    whole, words = _job(slurm, "whole")
+    slurm.batch(*words)
+    broken, words = _job(slurm, "broken")
+    job = slurm("sbatch", "--parsable", *words).stdout.strip()
+    until(lambda: len(_losses(broken)) >= 4, "four steps", 250)
+    slurm("scancel", "--signal=USR1", job)
+    until((broken / "ends.txt").exists, "the end of the first part", 60)
+    until(lambda: slurm.states(job) == ["COMPLETED"], "the end of the second part", 250)
+    assert "Restarts=1" in slurm("scontrol", "show", "job", job).stdout
+    ends = (broken / "ends.txt").read_text().split()
+    assert ends[0] != "None"
+    assert ends[-1] == "None"
+    assert _losses(broken) == _losses(whole)
+    lines = (broken / "losses.txt").read_text().splitlines()
+    assert len(lines) == len(_losses(whole)), "no step was done twice"
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_saves_and_tears_down(slurm, until):
+    folder, words = _job(slurm, "cancelled")
+    job = slurm("sbatch", "--parsable", *words).stdout.strip()
+    until(lambda: len(_losses(folder)) >= 2, "two steps", 250)
+    slurm("scancel", job)
+    until((folder / "ends.txt").exists, "the end", 60)
+    assert slurm.states(job) == ["CANCELLED"]
+    assert (folder / "ends.txt").read_text().strip() != "None"
+    assert list((folder / "kept").iterdir()), "it has saved"
