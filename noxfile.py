@@ -472,3 +472,12 @@ def lightning(session: nox.Session) -> None:
     local = editable(["interfaces", "toolkit", "cpu", "trainer"])
     session.install("-q", *CONSTRAINTS, *TEST_TOOLS, "lightning", *local)
     session.run("pytest", "tests-integration/test_lightning_import.py", *session.posargs)
+
+
+@nox.session(venv_backend="none", default=False)
+def any_to_any(session: nox.Session) -> None:
+    """Save with each strategy and number of ranks, load with each: ``-- ddp@2:fsdp@4 …``."""
+    folder = Path(session.create_tmp()).resolve() / "saved"
+    shutil.rmtree(folder, ignore_errors=True)
+    script = "tests-integration/scripts/any_to_any.py"
+    session.run(shared_python(session), script, str(folder), *session.posargs, external=True)

@@ -113,6 +113,8 @@ class Zero1Strategy(DDPStrategy):
             for saved in state.optimizers
         ]
         restore_all(self._optimizers, module, some, strict=strict)
+        for each in self._divided:
+            each.follow()
         self.context.precision.load_state_dict(state.precision)
 
     def _check(self) -> None:
@@ -185,6 +187,10 @@ class _Divided(ZeroRedundancyOptimizer):
     def owned(self) -> list[Tensor]:
         """The parameters that this rank updates."""
         return [p for group in self.mine for p in group["params"]]
+
+    def follow(self) -> None:
+        """Read the groups that the optimizer has now: loading a state gives it new ones."""
+        self.whole = self.param_groups = self.optim.param_groups
 
     def step(self, closure: Any = None, **_: Any) -> None:  # type: ignore[override]
         """Update this rank's parameters and exchange all."""
