@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from drivetrain_interfaces import UnsupportedError
 from drivetrain_interfaces.errors import listed
-from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives
 from drivetrain_toolkit.precision import make_precision
 
@@ -74,4 +73,7 @@ class XlaBackend:
 
     def checkpoint_io(self) -> CheckpointIO:
         """Checkpoints as directories, written from the host."""
-        return DirectoryCheckpointIO()
+        load_library()
+        from drivetrain_xla.checkpoint import XlaCheckpointIO
+
+        return XlaCheckpointIO()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from torch_xla.utils.checkpoint import checkpoint
 
 from drivetrain_xla.runtime import open_runtime
 from drivetrain_xla.sharding import Layout, Partition, divided, make_layout
-from drivetrain_xla.strategies import XlaStrategy
+from drivetrain_xla.strategies import XlaOptions, XlaStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Options:
+class SpmdOptions(XlaOptions):
+    """Options of ``SpmdStrategy``."""
+
     mesh: Mapping[str, int] | None = None
     plan: Mapping[str, Sequence[Any]] | None = None
     wrap: Sequence[type[nn.Module]] = ()
@@ -64,9 +66,13 @@ class SpmdStrategy(XlaStrategy):
         wrap: Classes of modules whose outputs are to stay divided like the batch, and whose
             gradients are computed before those of the module before them. Usually the layers.
         checkpoint: Classes of modules whose activations are computed again in backward.
+        compile_step: As in ``XlaStrategy``.
+        max_graphs: As in ``XlaStrategy``.
     """
 
     name = "spmd"
+
+    _options: SpmdOptions
 
     _sharded = False
     _layout: Layout
@@ -81,8 +87,12 @@ class SpmdStrategy(XlaStrategy):
         plan: Mapping[str, Sequence[Any]] | None = None,
         wrap: Sequence[type[nn.Module]] = (),
         checkpoint: Sequence[type[nn.Module]] = (),
+        compile_step: bool = False,
+        max_graphs: int = 4,
     ) -> None:
-        self._options = _Options(mesh, plan, tuple(wrap), tuple(checkpoint))
+        self._options = SpmdOptions(
+            compile_step, max_graphs, mesh, plan, tuple(wrap), tuple(checkpoint)
+        )
 
     def __call__(self, context: StrategyContext) -> Self:
         """A bound copy. The whole process trains on all devices as one from here on.
@@ -144,16 +154,6 @@ class SpmdStrategy(XlaStrategy):
         if self._bound is not None:
             self._undo()
         super().close()
-
-    def _configure(self, options: Mapping[str, Any]) -> None:
-        try:
-            self._options = replace(self._options, **options)
-        except TypeError as error:
-            raise ConfigurationError(
-                f"The strategy {self.name!r} was given the options {sorted(options)}; it takes "
-                f"{sorted(item.name for item in fields(self._options))}.",
-                "Leave out the others.",
-            ) from error
 
     def _divide_batch(self, batch: Any) -> None:
         for tensor in _tensors(batch):

@@ -6,12 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch_xla
+from drivetrain_interfaces import UnsupportedError, UserCodeError
+from drivetrain_toolkit.checks import needs_closure
 from drivetrain_toolkit.steps import EagerEvalStep, EagerManualStep, make_train_step
 
 from drivetrain_xla.compilations import RecompilationWatch, compilations
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from drivetrain_interfaces import (
         Clip,
@@ -25,6 +27,14 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from typing_extensions import Self
 
+    Step = Callable[[Collection[Any]], StepResult]
+
+#: What torch_xla's errors about a compiled function begin with, and what they mean.
+_REASONS = {
+    "Unexpected execution": "something in the step needed a value before its end",
+    "number of different graphs": "the step became more different graphs than max_graphs allows",
+}
+
 
 class XlaTrainStep:
     """Trains on one window: traced like any eager step, then handed to the device as one graph.
@@ -32,16 +42,21 @@ class XlaTrainStep:
     Args:
         spec: What to train, and how.
         precision: The numeric format.
+        max_graphs: Hand over the step as one graph that nothing interrupts, and of which there are
+            at most so many; 0 allows both.
 
     Attributes:
         watch: What was compiled, and for which shapes.
     """
 
-    __slots__ = ("_drawn", "_inner", "_loss", "watch")
+    __slots__ = ("_drawn", "_loss", "_run", "watch")
 
-    def __init__(self, spec: StepSpec, precision: Precision) -> None:
+    def __init__(self, spec: StepSpec, precision: Precision, *, max_graphs: int = 0) -> None:
         self._loss = partial(spec.loss, spec.module)
-        self._inner = make_train_step(spec, precision, forward=self._forward)
+        inner = make_train_step(spec, precision, forward=self._forward)
+        self._run = (
+            _as_one_graph(inner, spec, precision, max_graphs) if max_graphs else _then_sync(inner)
+        )
         self._drawn: list[Any] = []
         self.watch = RecompilationWatch()
 
@@ -49,8 +64,7 @@ class XlaTrainStep:
         """Train on one window; errors are those of ``EagerTrainStep``."""
         before = compilations()
         try:
-            result = self._inner(microbatches)
-            torch_xla.sync()
+            result = self._run(microbatches)
             self.watch.note(compilations() - before, self._drawn)
         finally:
             self._drawn.clear()
@@ -65,6 +79,46 @@ class XlaTrainStep:
     def _forward(self, microbatch: Any) -> Tensor:
         self._drawn.append(microbatch)
         return self._loss(microbatch)
+
+
+def _then_sync(inner: Step) -> Step:
+    def run(microbatches: Collection[Any]) -> StepResult:
+        result = inner(microbatches)
+        torch_xla.sync()
+        return result
+
+    return run
+
+
+def _as_one_graph(inner: Step, spec: StepSpec, precision: Precision, max_graphs: int) -> Step:
+    """The step under ``torch_xla.compile``, which syncs before and after it."""
+    if precision.policy.loss_scaling or any(needs_closure(each) for each in spec.optimizers):
+        raise UnsupportedError(
+            f"compile_step=True was asked for with precision {precision.name!r} and "
+            f"{type(spec.optimizers[0]).__name__}, of which one reads values back inside a step.",
+            "Use a precision without a loss scale and an optimizer without a closure.",
+        )
+
+    def step(microbatches: Collection[Any]) -> StepResult:
+        return inner(microbatches)
+
+    compiled = torch_xla.compile(step, full_graph=True, max_different_graphs=max_graphs)
+
+    def run(microbatches: Collection[Any]) -> StepResult:
+        try:
+            result: StepResult = compiled(microbatches)
+        except RuntimeError as error:
+            why = next((text for sign, text in _REASONS.items() if sign in str(error)), None)
+            if why is None:
+                raise
+            raise UserCodeError(
+                f"compile_step=True was asked for, and {why}.",
+                "Remove item(), print() and branches on values from the step, pad batches to one "
+                "shape, or leave compile_step out.",
+            ) from error
+        return result
+
+    return run
 
 
 class XlaEvalStep(EagerEvalStep):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch_xla
-from drivetrain_interfaces import UnsupportedError
+from drivetrain_interfaces import ConfigurationError, UnsupportedError
 from drivetrain_toolkit.strategies import SingleDeviceStrategy
 
 from drivetrain_xla import device_module
@@ -15,7 +16,7 @@ from drivetrain_xla.runtime import open_runtime
 from drivetrain_xla.steps import XlaEvalStep, XlaManualStep, XlaTrainStep
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from drivetrain_interfaces import (
         EvalSpec,
@@ -31,10 +32,28 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@dataclass(frozen=True)
+class XlaOptions:
+    """Options that every strategy here takes."""
+
+    compile_step: bool = False
+    max_graphs: int = 4
+
+
 class XlaStrategy(SingleDeviceStrategy):
-    """One process, one device: everything of an update is one graph."""
+    """One process, one device: everything of an update is one graph.
+
+    Args:
+        compile_step: Insist on that: a step that needs a value before its end is an error.
+        max_graphs: How many different graphs of it there may then be.
+    """
 
     name = "single_device"
+
+    _options: XlaOptions
+
+    def __init__(self, *, compile_step: bool = False, max_graphs: int = 4) -> None:
+        self._options = XlaOptions(compile_step, max_graphs)
 
     def __call__(self, context: StrategyContext) -> Self:
         """A bound copy. Opens the runtime, one device at a time unless it is open already.
@@ -65,7 +84,12 @@ class XlaStrategy(SingleDeviceStrategy):
         """Build the train step. Raises ``UnsupportedError`` for a fused optimizer."""
         _refuse_fused(spec.optimizers)
         self._optimizers = tuple(spec.optimizers)
-        return XlaTrainStep(spec, self.context.precision)
+        options = self._options
+        return XlaTrainStep(
+            spec,
+            self.context.precision,
+            max_graphs=options.max_graphs if options.compile_step else 0,
+        )
 
     def eval_step(self, spec: EvalSpec) -> EvalStep:
         """Build an evaluation step. Raises ``UnsupportedError`` for inference mode."""
@@ -92,6 +116,20 @@ class XlaStrategy(SingleDeviceStrategy):
         """Restore a state; ``CheckpointError`` names what does not fit."""
         super().load(state, strict=strict)
         torch_xla.sync()  # so that copies are no part of the first step's graph
+
+    def _configure(self, options: Mapping[str, Any]) -> None:
+        try:
+            self._options = replace(self._options, **options)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"The strategy {self.name!r} was given the options {sorted(options)}; it takes "
+                f"{sorted(item.name for item in fields(self._options))}.",
+                "Leave out the others.",
+            ) from error
+        if self._options.compile_step and self._options.max_graphs < 1:
+            raise ConfigurationError(
+                f"max_graphs={self._options.max_graphs!r} was asked for.", "Give 1 or more."
+            )
 
     def _with_sync_batchnorm(self, module: nn.Module) -> nn.Module:
         raise UnsupportedError(
