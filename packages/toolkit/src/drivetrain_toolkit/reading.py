@@ -9,6 +9,7 @@ import xxhash
 from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import dtype_named
+from drivetrain_toolkit.hashing import Hashing
 from drivetrain_toolkit.manifest import (
     LONGEST_MANIFEST,
     MANIFEST,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from drivetrain_toolkit.tensorfile import Readable
 
 _CHUNK: Final = 1 << 22
+_BUFFERS: Final = 3
 _LENGTH: Final = 8
 
 #: By key of a file: the name of the tensor, and which part of it that is.
@@ -85,13 +87,17 @@ def file_problems(source: Source, manifest: Manifest) -> list[tuple[str, str]]:
 
 def content_problem(source: Source, manifest: Manifest, name: str) -> str:
     """How a file's content differs from what was written; empty if it does not."""
-    digest = xxhash.xxh3_128()
-    buffer = bytearray(_CHUNK)
-    view = memoryview(buffer)
-    with source.open(name) as file:
-        while count := file.readinto(view):
-            digest.update(view[:count])
-    changed = digest.hexdigest() != manifest.files[name][1]
+    size, digest = manifest.files[name]
+    spare = [memoryview(bytearray(_CHUNK)) for _ in range(_BUFFERS)]
+    with Hashing(size) as hashing, source.open(name) as file:
+        while True:
+            # One is being filled while others are being hashed.
+            view = spare.pop() if spare else memoryview(hashing.free().obj)
+            count = file.readinto(view)
+            if not count:
+                break
+            hashing.update(view[:count])
+        changed = hashing.hexdigest() != digest
     return "its content is not what was written" if changed else ""
 
 
@@ -117,18 +123,17 @@ def read_all(source: Source, manifest: Manifest) -> dict[str, torch.Tensor]:
         for name, facts in manifest.tensors.items()
     }
     for name, parts in parts_by_file(manifest).items():
-        digest = xxhash.xxh3_128()
-        with source.open(name) as file:
-            for slot in _checked_header(source, manifest, name, parts, file, digest.update):
+        with Hashing(manifest.files[name][0]) as hashing, source.open(name) as file:
+            for slot in _checked_header(source, manifest, name, parts, file, hashing.update):
                 owner, shard = parts[slot.key]
                 place = box(wholes[owner], shard.start, shard.shape)
                 if place.is_contiguous():
-                    _read_into(source, name, file, place, digest.update)
+                    _read_into(source, name, file, place, hashing.update)
                 else:
                     piece = torch.empty(shard.shape, dtype=place.dtype)
-                    _read_into(source, name, file, piece, digest.update)
+                    _read_into(source, name, file, piece, hashing.update)
                     place.copy_(piece)
-        _require_hash(source, manifest, name, digest.hexdigest())
+            _require_hash(source, manifest, name, hashing.hexdigest())
     return wholes
 
 

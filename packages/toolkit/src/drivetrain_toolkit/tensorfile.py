@@ -122,7 +122,9 @@ def pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
     size = tensor.numel() * tensor.element_size()
     if size == 0:
         return
-    view = memoryview((ctypes.c_ubyte * size).from_address(tensor.data_ptr())).cast("B")
+    memory: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
+    memory.owner = tensor  # alive as long as a view is
+    view = memoryview(memory).cast("B")
     for start in range(0, size, _CHUNK):
         yield view[start : start + _CHUNK]
 
