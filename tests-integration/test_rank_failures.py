@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import socket
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,9 +59,12 @@ def test_an_error_of_one_rank_ends_all_and_is_the_one_shown(
     # The other rank lost its connection. That is no news, at least not after the reason.
     last = running.errors.rindex("lost its way")
     assert "Traceback" not in running.errors[last:]
-    # A rank that waits in C code for rank 0 of a script, which lives on to report, is killed.
-    if (launcher, rank) != ("script", 0):
-        assert _other_tore_down(start.folder, rank)
+    assert _other_tore_down(start.folder, rank)
+    if (launcher, rank) != ("script", 0):  # where rank 0's own error simply passes through
+        assert (
+            f"rank {rank} on {socket.gethostname()!r} at epoch 1, step 8 raised" in running.errors
+        )
+        assert "waited in backward" in running.errors
 
 
 @pytest.mark.parametrize(("launcher", "rank"), [("script", 1), ("spawn", 0)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 from drivetrain import Callback, DataModule, Module
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+#: Longer than any test.
+ENDLESS_SECONDS = 100_000
 
 
 class Samples(Dataset):
@@ -156,8 +160,9 @@ class At(Callback):
 
     Args:
         what: It always prints ``here RANK PID``. Then ``"say"`` goes on; ``"wait"`` prints ``woke
-            RANK PID`` after each signal and never goes on; ``"raise"`` raises; ``"exit"`` leaves
-            with code 3; ``"kill"`` kills the process.
+            RANK PID`` after each signal and never goes on; ``"hang"`` sleeps for ever; ``"raise"``
+            raises; ``"memory"`` takes more than its process may have; ``"exit"`` leaves with code
+            3; ``"kill"`` kills the process.
         rank: The rank; None means every rank.
         epoch: The epoch.
         batch: The number of the batch.
@@ -181,6 +186,10 @@ class At(Callback):
         while self.what == "wait":
             os.read(woken, 1)
             _say(f"woke {rank} {os.getpid()}")
+        if self.what == "hang":
+            time.sleep(ENDLESS_SECONDS)
+        if self.what == "memory":
+            _run_out_of_memory()
         if self.what == "raise":
             raise LookupError(f"rank {rank} lost its way")
         if self.what == "exit":
@@ -189,13 +198,24 @@ class At(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _run_out_of_memory() -> None:
+    """For real: the kernel refuses it to this process, and to no other."""
+    import resource
+
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 28), resource.RLIM_INFINITY))
+    torch.empty(1 << 30, dtype=torch.uint8)
+
+
 def _say(line: str) -> None:
     """Print a line in one piece, as other ranks print to the same pipe."""
     os.write(1, f"{line}\n".encode())
 
 
-def loader(samples: int = 48, batch: int = 4, *, shuffle: bool = True) -> DataLoader:
-    return DataLoader(Samples(samples), batch, shuffle=shuffle)
+def loader(
+    samples: int = 48, batch: int = 4, *, shuffle: bool = True, workers: int = 0
+) -> DataLoader:
+    return DataLoader(Samples(samples), batch, shuffle=shuffle, num_workers=workers)
 
 
 def parameters_of(module: nn.Module) -> dict[str, list[str]]:

@@ -51,8 +51,10 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.collectives import Collectives as Collectives
     from drivetrain_interfaces.collectives import ReduceOp as ReduceOp
     from drivetrain_interfaces.collectives import SideChannel as SideChannel
+    from drivetrain_interfaces.collectives import SupportsAbort as SupportsAbort
     from drivetrain_interfaces.collectives import SupportsClose as SupportsClose
     from drivetrain_interfaces.collectives import SupportsSideChannel as SupportsSideChannel
+    from drivetrain_interfaces.collectives import SupportsTimeout as SupportsTimeout
     from drivetrain_interfaces.contract import CONTRACT as CONTRACT
     from drivetrain_interfaces.contract import ContractVersion as ContractVersion
     from drivetrain_interfaces.errors import BrokenPackageError as BrokenPackageError
@@ -138,8 +140,10 @@ _NAMES = {
         "Collectives",
         "ReduceOp",
         "SideChannel",
+        "SupportsAbort",
         "SupportsClose",
         "SupportsSideChannel",
+        "SupportsTimeout",
     ),
     "contract": ("CONTRACT", "ContractVersion"),
     "errors": (

@@ -73,6 +73,27 @@ class SupportsSideChannel(Protocol):
 
 
 @runtime_checkable
+class SupportsAbort(Protocol):
+    """Collectives that can be cut while another thread waits in them."""
+
+    def abort(self) -> None:
+        """End every operation of this rank, here and on its peers, with an error.
+
+        Nothing can be communicated afterwards. Safe to call twice, and from any thread.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsTimeout(Protocol):
+    """Collectives whose patience can be set."""
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long an operation that begins from now on may take before it fails."""
+        ...
+
+
+@runtime_checkable
 class SupportsClose(Protocol):
     """A part that holds something open."""
 

@@ -6,7 +6,9 @@ import atexit
 import math
 import os
 import pickle
+import socket
 import threading
+import time
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ from drivetrain_interfaces import (
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from drivetrain_toolkit.cutting import abort_group, open_sockets
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -30,6 +34,11 @@ if TYPE_CHECKING:
 
 #: The variable by which torchrun says that it hosts the store itself.
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+
+#: Variables for times in seconds, and what they are without them.
+TIMEOUT = ("DRIVETRAIN_COLLECTIVE_TIMEOUT", 900.0)
+RENDEZVOUS = ("DRIVETRAIN_RENDEZVOUS_TIMEOUT", 300.0)
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.005, 0.1
 
 _OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -77,8 +86,10 @@ class TorchCollectives:
     Args:
         world: This process's place.
         backend: Name of the ``torch.distributed`` backend.
-        timeout_s: Seconds that one operation may take before it fails.
-        rendezvous_s: Seconds to wait for all ranks to come.
+        timeout_s: Seconds that one operation may take before it fails; by default
+            ``DRIVETRAIN_COLLECTIVE_TIMEOUT``, or 900.
+        rendezvous_s: Seconds to wait for all ranks to come; by default
+            ``DRIVETRAIN_RENDEZVOUS_TIMEOUT``, or 300.
         device: Where the backend wants tensors; others travel there and back. None leaves them.
         env: The variables of this process.
 
@@ -91,17 +102,20 @@ class TorchCollectives:
         world: World,
         backend: str,
         *,
-        timeout_s: float = 1800.0,
-        rendezvous_s: float = 300.0,
+        timeout_s: float | None = None,
+        rendezvous_s: float | None = None,
         device: torch.device | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
         self._world = world
         self._backend = backend
         self._device = device
-        self._timeout = timedelta(seconds=timeout_s)
-        self._rendezvous = timedelta(seconds=rendezvous_s)
-        agent = (os.environ if env is None else env).get(AGENT_STORE) == "True"
+        self._sockets: frozenset[tuple[int, int]] = frozenset()
+        self._aborted = False
+        variables = os.environ if env is None else env
+        self._timeout = _seconds(timeout_s, variables, *TIMEOUT)
+        self._rendezvous = _seconds(rendezvous_s, variables, *RENDEZVOUS)
+        agent = variables.get(AGENT_STORE) == "True"
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
             self._connect(hosts=world.is_main and not agent)
@@ -204,6 +218,23 @@ class TorchCollectives:
         """
         return StoreSideChannel(self._world, self._rendezvous)
 
+    def set_timeout(self, seconds: float) -> None:
+        """How long an operation that begins from now on may take before it fails."""
+        self._timeout = timedelta(seconds=seconds)
+        set_group_timeout = getattr(dist.distributed_c10d, "_set_pg_timeout", None)
+        if set_group_timeout is not None and dist.is_initialized():
+            set_group_timeout(self._timeout)
+
+    def abort(self) -> None:
+        """End every operation of this rank with an error, also one that a thread waits in.
+
+        Connections of process groups that others made are not known here and stay.
+        """
+        self._aborted = True
+        group = dist.group.WORLD if dist.is_initialized() else None
+        if self._owns_group and group is not None and not self._closed:
+            abort_group(group, self._sockets)
+
     def close(self) -> None:
         """Leave the process group, if this object made it. Safe to call twice."""
         if self._closed:
@@ -231,6 +262,7 @@ class TorchCollectives:
             # Ranks use the store equally often, so that they agree on this name.
             mine = PrefixStore(f"drivetrain/{world.restarts}/{uses}", store)
             _meet(mine, world, self._rendezvous)
+            before = open_sockets()
             dist.init_process_group(
                 self._backend,
                 store=mine,
@@ -238,6 +270,7 @@ class TorchCollectives:
                 world_size=world.size,
                 timeout=self._timeout,
             )
+            self._sockets = open_sockets() - before
 
     def _gather_alike(self, tensor: Tensor) -> list[Tensor]:
         sent = self._outgoing(tensor)
@@ -258,6 +291,12 @@ class TorchCollectives:
             raise ClusterError(
                 f"{operation} was called after the collectives were closed.",
                 "Communicate before the end of the run.",
+            )
+        if self._aborted:
+            raise ClusterError(
+                f"{operation} was called after a failure had cut the connections of rank "
+                f"{self._world.rank}.",
+                "Look for the first error of the run; start all processes again.",
             )
         try:
             yield
@@ -328,18 +367,46 @@ class StoreSideChannel:
 
 
 def _meet(store: Store, world: World, timeout: timedelta) -> None:
-    """Wait until every rank is there, so that those who are missing can be named."""
-    store.set(f"rank/{world.rank}", "here")
+    """Wait until every rank is there, so that those who are missing can be named.
+
+    By asking again and again: Python runs signal handlers in between, so Ctrl-C need not wait.
+    """
+    store.set(f"rank/{world.rank}", socket.gethostname())
+    deadline = time.monotonic() + timeout.total_seconds()
+    ranks = [f"rank/{rank}" for rank in range(world.size)]
+    pause = _SHORTEST_PAUSE
+    while not store.check(ranks):
+        if time.monotonic() > deadline:
+            raise _missing(store, world)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _missing(store: Store, world: World) -> ClusterError:
+    came = {rank for rank in range(world.size) if store.check([f"rank/{rank}"])}
+    missing = [rank for rank in range(world.size) if rank not in came]
+    hosts = sorted({store.get(f"rank/{rank}").decode() for rank in came})
+    return ClusterError(
+        f"Rank {world.rank} waited at {world.address}:{world.port} for a world of "
+        f"{world.size}; these ranks did not come: {missing}. The {len(came)} that came run on "
+        f"{', '.join(hosts)}.",
+        "Check that their processes were started with the same address and port, and that they "
+        "can reach that host.",
+    )
+
+
+def _seconds(given: float | None, env: Mapping[str, str], variable: str, usual: float) -> timedelta:
+    """A time that is given, or set in the environment, or the usual one."""
+    text = env.get(variable, "") if given is None else str(given)
     try:
-        store.wait([f"rank/{rank}" for rank in range(world.size)], timeout)
-    except RuntimeError as error:
-        missing = [rank for rank in range(world.size) if not store.check([f"rank/{rank}"])]
-        raise ClusterError(
-            f"Rank {world.rank} waited at {world.address}:{world.port} for a world of "
-            f"{world.size}; these ranks did not come: {missing}.",
-            "Check that their processes were started with the same address and port, and that they "
-            "can reach that host.",
-        ) from error
+        seconds = float(text) if text else usual
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ConfigurationError(
+            f"{variable}={text!r} was set.", "Give a number of seconds, more than 0."
+        )
+    return timedelta(seconds=seconds)
 
 
 @contextmanager

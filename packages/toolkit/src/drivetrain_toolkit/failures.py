@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from drivetrain_interfaces.errors import ProcessFailedError
+from drivetrain_interfaces.whereabouts import is_consequence, place_of, waited_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -45,14 +46,7 @@ STOP_CODES: Final[tuple[int, ...]] = tuple(128 + number for number in STOP_SIGNA
 # often before the peer that broke it has finished its own clean-up and reported the reason.
 KILLED, CAUSE, CONSEQUENCE = range(3)
 
-_BROKEN_COLLECTIVE = (
-    "gloo/transport",
-    "connection closed by peer",
-    "connection reset by peer",
-    "broken pipe",
-    "socket timeout",
-    "timed out waiting",
-)
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +61,8 @@ class Failure:
         trace: The traceback as text; empty where there is none.
         weight: ``KILLED``, ``CAUSE`` or ``CONSEQUENCE``.
         when: Time on the machine's monotonic clock, in nanoseconds; comparable between its ranks.
+        place: Where in the run, such as ``"epoch 1, step 7"``; empty where that is not known.
+        waited: The collective that the error came out of; empty if it was in none.
     """
 
     rank: int
@@ -76,6 +72,8 @@ class Failure:
     trace: str
     weight: int
     when: int
+    place: str = ""
+    waited: str = ""
 
     @classmethod
     def of(cls, error: BaseException, rank: int) -> Failure:
@@ -88,6 +86,8 @@ class Failure:
             trace="".join(traceback.format_exception(type(error), error, _below_us(error))),
             weight=CONSEQUENCE if is_consequence(error) else CAUSE,
             when=time.monotonic_ns(),
+            place=place_of(error),
+            waited=waited_in(error),
         )
 
     @classmethod
@@ -111,9 +111,25 @@ class Failure:
         )
 
     @property
+    def sequel(self) -> str:
+        """One line about a failure that another one explains."""
+        if self.weight == CONSEQUENCE and self.waited:
+            where = f" at {self.place}" if self.place else ""
+            return f"rank {self.rank} on {self.host!r}{where} waited in {self.waited}"
+        return self.headline.splitlines()[0]
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether memory was what was missing."""
+        text = self.message.lower()
+        return self.kind in {"MemoryError", "OutOfMemoryError"} or any(
+            part in text for part in _OUT_OF_MEMORY
+        )
+
+    @property
     def headline(self) -> str:
         """One line without the traceback."""
-        who = f"rank {self.rank} on {self.host!r}"
+        who = f"rank {self.rank} on {self.host!r}" + (f" at {self.place}" if self.place else "")
         return f"{who} raised {self.kind}: {self.message}" if self.kind else f"{who} {self.message}"
 
     def same_error(self, other: Failure) -> bool:
@@ -214,20 +230,6 @@ def is_stop(error: BaseException) -> bool:
     return isinstance(error, KeyboardInterrupt)
 
 
-def is_consequence(error: BaseException) -> bool:
-    """Whether this, or what caused it, says that another rank is gone rather than what is wrong."""
-    seen: BaseException | None = error
-    while seen is not None:
-        classes = {each.__name__ for each in type(seen).__mro__}  # by name: torch is not imported
-        text = str(seen).lower()
-        if classes & {"ProcessFailedError", "ConnectionError", "DistError"}:
-            return True
-        if isinstance(seen, RuntimeError) and any(part in text for part in _BROKEN_COLLECTIVE):
-            return True
-        seen = seen.__cause__
-    return False
-
-
 def first_of(failures: Iterable[Failure]) -> Failure | None:
     """The failure that explains the others: by weight, then by time. None if there is none."""
     return min(failures, key=lambda each: (each.weight, each.when), default=None)
@@ -242,13 +244,18 @@ def process_failed(failures: Iterable[Failure], size: int) -> ProcessFailedError
         text += "."
     if first.trace:
         text += f"\n\nTraceback of rank {first.rank}:\n{first.trace}"
-    text += "".join(f"\nThen {each.headline.splitlines()[0]}" for each in later)
+    text += "".join(f"\nThen {each.sequel}" for each in later)
     return ProcessFailedError(text, _advice(first))
 
 
 def _advice(first: Failure) -> str:
     if first.weight == KILLED:
         return "\nLook in the system's log for who ended it; the kernel does so when memory is out."
+    if first.out_of_memory:
+        return (
+            f"\nGive rank {first.rank} less to hold, such as a smaller batch, or its machine fewer "
+            "processes."
+        )
     if not first.kind:
         return f"\nLook at what rank {first.rank} printed before it ended."
     return f"\nCorrect the error of rank {first.rank} first."

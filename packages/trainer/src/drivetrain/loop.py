@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from drivetrain.settings import Settings
     from drivetrain.stopping import StopRequest
     from drivetrain.trainer import Trainer
+    from drivetrain.watching import Watch
     from drivetrain.windows import AutomaticWindow, ManualWindow
 
 
@@ -45,6 +46,7 @@ class FitRun:
         sample_offset: Samples of this epoch that were seen before position 0 of this world size.
         stopped: Whether the run has stopped before its limit.
         windows: Windows begun by this process.
+        entered: Windows of this epoch that had data, by this process.
         deadline: Monotonic time at which the run stops, or None.
     """
 
@@ -61,6 +63,7 @@ class FitRun:
     metrics: Metrics
     losses: LossWatch
     stop: StopRequest
+    watch: Watch
     train_window: AutomaticWindow | ManualWindow
     seed: int
     limit: int | None
@@ -69,6 +72,7 @@ class FitRun:
     sample_offset: int = 0
     stopped: bool = False
     windows: int = 0
+    entered: int = 0
     started: float = field(default_factory=time.monotonic)
     restore_rng: Callable[[], None] | None = None
 
@@ -168,13 +172,8 @@ def _windows(run: FitRun, stream: Iterator[Any]) -> bool:
         if starts and _cut_short(starts, window, first):
             stream, cut = iter(()), True
         if not window:
-            run.windows -= 1
-            if not first and not cut:
-                raise DataError(
-                    f"The train loader gave no batch in epoch {progress.epoch}.",
-                    "Give an iterable that can be read once per epoch and holds data.",
-                )
-            return True
+            return _data_ended(run, cut=cut)
+        run.entered += 1
         result = train_window(window, first)
         progress.batch = first + len(window)
         if result is not None:
@@ -196,6 +195,19 @@ def _windows(run: FitRun, stream: Iterator[Any]) -> bool:
     run.windows -= 1
     run.stopped = True
     return False
+
+
+def _data_ended(run: FitRun, *, cut: bool) -> bool:
+    """The loader has no more for this epoch. True, once no other rank has more either."""
+    run.windows -= 1
+    if not run.progress.batch and not cut:
+        raise DataError(
+            f"The train loader gave no batch in epoch {run.progress.epoch}.",
+            "Give an iterable that can be read once per epoch and holds data.",
+        )
+    if run.limit is None or run.progress.batch < run.limit:
+        run.watch.end_epoch(run.progress.epoch, run.entered)
+    return True
 
 
 def _may_begin(run: FitRun) -> bool:
@@ -269,6 +281,7 @@ def _end_epoch(run: FitRun) -> None:
     for each in _automatic(run):
         if each.interval == "epoch":
             _step_scheduler(run, each, run.progress.epoch + 1)
+    run.entered = 0
     run.progress.next_epoch()
     run.sample_offset = 0
     _offer_save(run, Moment.EPOCH)

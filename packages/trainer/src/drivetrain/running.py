@@ -104,7 +104,7 @@ def _work(runtime: Runtime, trainer: Trainer, job: Job, signals: SignalWatch) ->
         for notice in runtime.plan.notices:
             log.warning("%s", notice)
     try:
-        with determinism(asked=trainer.deterministic):
+        with session.watch, determinism(asked=trainer.deterministic):
             if stack.world.is_main:
                 _prepare_loggers(trainer, job)
             found = resuming.find(trainer, job.ckpt_path, job.stage)
@@ -118,8 +118,11 @@ def _work(runtime: Runtime, trainer: Trainer, job: Job, signals: SignalWatch) ->
         if not runtime.in_place:
             _pack(outcome, trainer, runtime)
     except BaseException as error:
-        session.failed(error)
-        raise
+        first = session.watch.failed(error)
+        session.failed(first)
+        if first is error:
+            raise
+        raise first from error
     finally:
         _finish(trainer, session, status)
     return outcome

@@ -10,6 +10,7 @@ from uuid import uuid4
 import torch
 from drivetrain_interfaces import (
     ConfigurationError,
+    DataError,
     EvalSpec,
     Feature,
     ManualSpec,
@@ -27,6 +28,7 @@ from drivetrain.counters import Progress
 from drivetrain.data import feed_of, limited, loaders_of
 from drivetrain.datamodule import DataModule
 from drivetrain.evaluate import Evaluation, evaluate, isolated
+from drivetrain.exchange import gather_objects
 from drivetrain.hooks import Hooks, overrides, trimmed
 from drivetrain.loop import FitRun, fit
 from drivetrain.losses import LossWatch
@@ -36,10 +38,13 @@ from drivetrain.module import Module
 from drivetrain.optim import configured
 from drivetrain.seeding import data_seed
 from drivetrain.stopping import StopRequest
+from drivetrain.watching import Watch
 from drivetrain.windows import AutomaticWindow, ManualWindow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from drivetrain_interfaces import SideChannel
 
     from drivetrain.runtime import Runtime, Stack
     from drivetrain.signals import SignalWatch
@@ -77,7 +82,17 @@ class Session:
         self.stack: Stack = runtime.stack
         self.settings = trainer.settings
         self.hooks = Hooks(trainer, module, trainer.callbacks)
-        self.seed: int = self.stack.collectives.broadcast_object(data_seed())
+        run = uuid4().hex  # entries stay in the store, and other runs of this script use it too
+        self.seed: int
+        self.seed, self._run = self.stack.collectives.broadcast_object((data_seed(), run))
+        self.watch = Watch(
+            self.stack.world,
+            self.stack.collectives,
+            self._side_channel(),
+            f"watch-{self._run}",
+            signals,
+            self.settings.hang_seconds,
+        )
 
     # Around every run
     def prepare(self) -> None:
@@ -118,6 +133,7 @@ class Session:
         )
         self._say(train.notice)
         limit = self._limit("train", train.length)
+        self._check_even(limit)
         placed = strategy.prepare(self.module)
         optimizers, schedulers = configured(
             placed.configure_optimizers(),  # type: ignore[operator]  # the user's own module
@@ -142,6 +158,7 @@ class Session:
             metrics=metrics,
             losses=LossWatch(self.settings.nan_loss),
             stop=stop,
+            watch=self.watch,
             train_window=window,
             seed=self.seed,
             limit=limit,
@@ -164,9 +181,9 @@ class Session:
         with stop, step:
             if validation is not None and tree is None and self.settings.num_sanity_val_steps:
                 self._sanity_check(validation)
+            self.watch.begin(stop, run)
             fit(run)
-            # Rank 0 may hold the store that the other ranks' stop threads still look at.
-            self.stack.collectives.barrier()
+            self._part()
         self._stopped_by(stop)
         self.hooks.call("on_fit_end")
 
@@ -174,6 +191,11 @@ class Session:
         """The seed of the order of samples: the checkpoint's, if it says one."""
         saved = None if tree is None else tree.get("data", {}).get("seed")
         return self.seed if saved is None else saved
+
+    def _part(self) -> None:
+        """The end of what ranks do together. Rank 0 may hold the store that threads look at."""
+        self.stack.collectives.barrier()
+        self.watch.close()
 
     def _training_step(self, placed: Any, metrics: Metrics) -> tuple[Any, Any]:
         feed = self._feed(0)
@@ -270,15 +292,16 @@ class Session:
         self.trainer.sanity_checking = False
 
     def _stop_request(self) -> StopRequest:
-        collectives = self.stack.collectives
-        channel = None
-        if self.stack.world.size > 1 and isinstance(collectives, SupportsSideChannel):
-            channel = collectives.side_channel()
-        # Entries stay in the store, and another Trainer of this script may have used any number.
-        name = collectives.broadcast_object(uuid4().hex)
-        stop = StopRequest(self.stack.world, channel, f"run-{name}", self.signals.policy)
+        channel = self._side_channel()
+        stop = StopRequest(self.stack.world, channel, f"stop-{self._run}", self.signals.policy)
         self.signals.listen(stop.ask)
         return stop
+
+    def _side_channel(self) -> SideChannel | None:
+        collectives = self.stack.collectives
+        if self.stack.world.size == 1 or not isinstance(collectives, SupportsSideChannel):
+            return None
+        return collectives.side_channel()
 
     def _stopped_by(self, stop: StopRequest) -> None:
         """Keep what the ranks agreed on. What comes from now on is for whoever called."""
@@ -299,9 +322,9 @@ class Session:
         run = self._evaluation(self.stage, placed, loaders, required=True, stop=stop)
         assert run is not None
         with stop:
+            self.watch.begin(stop)
             found = evaluate(run)
-            # Rank 0 may hold the store that the other ranks' stop threads still look at.
-            self.stack.collectives.barrier()
+            self._part()
         self._stopped_by(stop)
         return found, run.outputs
 
@@ -395,6 +418,19 @@ class Session:
             return most if length is None else min(most, length)
         argument = f"limit_{name}_batches"
         return limited(length, getattr(self.settings, argument), argument)
+
+    def _check_even(self, limit: int | None) -> None:
+        """Ranks train together in every step, so each needs as many batches as the others."""
+        world = self.stack.world
+        if world.size == 1:
+            return
+        strategy = self.stack.strategy
+        limits = gather_objects(limit, self.stack.collectives, strategy.device)
+        if len(set(limits)) > 1:
+            raise DataError(
+                f"The train loaders of the ranks have {limits} batches (None: not known).",
+                "Give every rank equally many batches, such as by limit_train_batches.",
+            )
 
     def _check_interval(self, run: FitRun) -> None:
         asked = self.settings.val_check_interval

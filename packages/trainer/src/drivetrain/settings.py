@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import timedelta
+from typing import Any
 
 from drivetrain_interfaces import Clip, ConfigurationError, Feature
 
 from drivetrain.durations import seconds_of
 from drivetrain.plan import Want
-
-if TYPE_CHECKING:
-    from datetime import timedelta
 
 _NAN_POLICIES = ("raise", "warn", "ignore")
 _CLIP_ALGORITHMS = ("norm", "value")
@@ -43,6 +41,7 @@ class Settings:
     use_distributed_sampler: bool = True
     log_every_n_steps: int = 50
     nan_loss: str = "raise"
+    hang_timeout: float | timedelta | None = 600.0
 
     def __post_init__(self) -> None:
         problems: list[tuple[str, str]] = []
@@ -108,6 +107,13 @@ class Settings:
                     "Give a positive number, or leave it out to clip nothing.",
                 )
             )
+        if self.hang_timeout is not None and not (self.hang_seconds or 0) > 0:
+            problems.append(
+                (
+                    f"hang_timeout={self.hang_timeout!r} was asked for.",
+                    "Give seconds or a timedelta, more than 0, or None for no such limit.",
+                )
+            )
         try:
             _ = self.seconds
         except ConfigurationError as error:
@@ -132,6 +138,14 @@ class Settings:
     def seconds(self) -> float | None:
         """``max_time`` in seconds."""
         return None if self.max_time is None else seconds_of(self.max_time)
+
+    @property
+    def hang_seconds(self) -> float | None:
+        """``hang_timeout`` in seconds; 0 for what is no time."""
+        given = self.hang_timeout
+        if given is None or (isinstance(given, (int, float)) and not isinstance(given, bool)):
+            return given
+        return given.total_seconds() if isinstance(given, timedelta) else 0.0
 
     @property
     def wants(self) -> tuple[Want, ...]:

@@ -250,7 +250,7 @@ class SignalWatch:
         self.number = 0
         self._since = 0.0
         self._listener: Any = None
-        self._overdue = False
+        self._raise: BaseException | None = None
         self._before: dict[signal.Signals, Any] = {}
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -278,10 +278,21 @@ class SignalWatch:
         if self.number:
             listener(self.number)
 
+    def interrupt(self, error: BaseException) -> bool:
+        """Raise an error in the main thread once that runs Python code; False if that cannot be.
+
+        Called by another thread. It is a signal, since that also ends a sleep or a wait.
+        """
+        if not self._before:
+            return False
+        self._raise = error
+        signal.pthread_kill(threading.main_thread().ident or 0, next(iter(self._before)))
+        return True
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self._overdue:
-            self._overdue = False
-            raise Interrupted(self.number)
+        if self._raise is not None:
+            error, self._raise = self._raise, None
+            raise error
         if self.policy.table[signal.Signals(number)] is SignalAction.IGNORE:
             return
         if self.number:
@@ -308,9 +319,7 @@ class SignalWatch:
             "It is here:\n"
         )
         _print_stacks()
-        self._overdue = True
-        # The handler raises in the main thread, once that runs Python code; teardown hooks follow.
-        signal.pthread_kill(threading.main_thread().ident or 0, self.number)
+        self.interrupt(Interrupted(self.number))  # teardown hooks follow
         if not self._over.wait(LAST_SECONDS):
             sys.stderr.write(f"The process ends by force {LAST_SECONDS:g} s later.\n")
             sys.stderr.flush()

@@ -10,18 +10,21 @@ publish for it.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from drivetrain_interfaces import ProcessFailedError
+from drivetrain_interfaces import DrivetrainError, ProcessFailedError
 
 from drivetrain.signals import Interrupted, SignalAction, SignalPolicy
 
 if TYPE_CHECKING:
     from drivetrain_interfaces import SideChannel, World
     from typing_extensions import Self
+
+log = logging.getLogger("drivetrain")
 
 __all__ = ["Interrupted", "StopRequest"]
 
@@ -95,6 +98,10 @@ class StopRequest:
             self.signal = signal.Signals(number) if number else None
             self.requested = True
 
+    def place(self) -> int:
+        """How far this rank is: a number that grows with every window and evaluation batch."""
+        return self._place
+
     # Boundaries
     def begin(self, window: int) -> bool:
         """Whether the run may begin this window. Called before each one.
@@ -148,8 +155,13 @@ class StopRequest:
         channel.post(f"{self._run}/begun/{self._world.rank}", f"{self._place} {asked}".encode())
 
     def _watch(self) -> None:
-        channel = self._channel
-        assert channel is not None
+        assert self._channel is not None
+        try:
+            self._look(self._channel)
+        except DrivetrainError as lost:  # rank 0 has ended; who watches over the run says so
+            log.debug("the side channel is gone: %s", lost)
+
+    def _look(self, channel: SideChannel) -> None:
         told = False
         while not self._done.is_set():
             if self._asked is not None and not told:

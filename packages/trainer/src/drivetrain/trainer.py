@@ -93,6 +93,8 @@ class Trainer:
         default_root_dir: Where files go. Without it nothing is written unless asked for.
         nan_loss: What a loss that is not finite does: ``"raise"``, ``"warn"`` or ``"ignore"``.
         cluster_environment: The cluster to read ranks from, ``"none"``, or ``"auto"``.
+        hang_timeout: Seconds, or a ``timedelta``, in which no rank of several makes a step or
+            evaluates a batch before the run counts as hanging; None for no such limit.
         signals: What signals do: a ``SignalPolicy``, actions by name of the signal, or ``"stop"``,
             ``"save"`` or ``"ignore"`` for SIGINT and SIGTERM. None stops and saves.
         gpus: Short form of ``devices`` on the best accelerator that is not the host.
@@ -138,6 +140,7 @@ class Trainer:
         default_root_dir: str | os.PathLike[str] | None = None,
         nan_loss: str = "raise",
         cluster_environment: Any = "auto",
+        hang_timeout: float | timedelta | None = 600.0,
         signals: Any = None,
         gpus: Any = None,
     ) -> None:
@@ -163,6 +166,7 @@ class Trainer:
             use_distributed_sampler=use_distributed_sampler,
             log_every_n_steps=log_every_n_steps,
             nan_loss=nan_loss,
+            hang_timeout=hang_timeout,
         )
         wants = settings.wants if settings else ()
         if deterministic is True:
@@ -319,6 +323,11 @@ class Trainer:
         progress = self._run.progress
         self._run.losses.check(progress.epoch, progress.attempts)
         return self._run, snapshot.collect(self._run, weights_only=weights_only)
+
+    def report_progress(self) -> None:
+        """Tell that this run is alive, in a hook that takes longer than ``hang_timeout``."""
+        if self._run is not None:
+            self._run.watch.alive()
 
     def explain(self) -> None:
         """Print the plan and, for every choice, candidates, evidence, winner and who asked."""
