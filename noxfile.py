@@ -481,3 +481,11 @@ def any_to_any(session: nox.Session) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     script = "tests-integration/scripts/any_to_any.py"
     session.run(shared_python(session), script, str(folder), *session.posargs, external=True)
+
+
+def network(session: nox.Session) -> None:
+    """Torchrun on two network namespaces: lose a worker, a host, the link. Needs root, iproute2."""
+    session.run(
+        shared_python(session), "-m", "pytest", "-rs", "-s", "tests-integration/network_faults.py",
+        *session.posargs, external=True,
+    )  # fmt: skip

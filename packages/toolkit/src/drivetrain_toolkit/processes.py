@@ -222,6 +222,12 @@ class Supervisor:
                 child.send(signal.SIGTERM, ours=True)
 
 
+def stopped(number: int) -> str:
+    """What is said where a signal ended a rank that could not stop by itself."""
+    name = signal.Signals(number).name
+    return f"The run stops: {name} ended one of its processes, which could not stop by itself.\n"
+
+
 def follow(parent: int, directory: RunDirectory) -> None:
     """End this process soon after ``parent`` ended, however that was, and remove its directory.
 

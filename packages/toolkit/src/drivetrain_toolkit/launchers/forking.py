@@ -26,7 +26,7 @@ from drivetrain_toolkit.failures import (
 from drivetrain_toolkit.launchers import plans
 from drivetrain_toolkit.launchers.pickles import pickled, pickled_result, unpickled
 from drivetrain_toolkit.launchers.ranks import follow_launcher
-from drivetrain_toolkit.processes import GRACE, PARENT, REPORTS, Child, Supervisor
+from drivetrain_toolkit.processes import GRACE, PARENT, REPORTS, Child, Supervisor, stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -307,6 +307,8 @@ class Family:
         """The result of rank 0; where it has none, the run was stopped."""
         if isinstance(self._answer, bytes):
             return unpickled(self._answer, "The result of rank 0")
+        if self._supervisor.stopped_by and not self._sent:
+            sys.stderr.write(stopped(self._supervisor.stopped_by))
         number = self._sent or self._supervisor.stopped_by or signal.SIGTERM
         if isinstance(self._answer, int) and self._answer:
             number = self._answer - 128

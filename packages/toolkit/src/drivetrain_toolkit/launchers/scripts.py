@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -26,7 +25,16 @@ from drivetrain_toolkit.failures import (
 from drivetrain_toolkit.failures import reported as report_main
 from drivetrain_toolkit.launchers import plans
 from drivetrain_toolkit.launchers.ranks import SCRIPT, run_as_rank
-from drivetrain_toolkit.processes import GRACE, HARD, PARENT, REPORTS, STOP, Child, Supervisor
+from drivetrain_toolkit.processes import (
+    GRACE,
+    HARD,
+    PARENT,
+    REPORTS,
+    STOP,
+    Child,
+    Supervisor,
+    stopped,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,7 +195,7 @@ class ScriptRun:
     def _ended(self) -> SystemExit:
         """The end of this process after a stop signal to another one."""
         self._raised = True
-        sys.stderr.write(_stopped(self._supervisor.stopped_by))
+        sys.stderr.write(stopped(self._supervisor.stopped_by))
         return SystemExit(128 + self._supervisor.stopped_by)
 
     def _failed(self, *own: Failure | None) -> Exception:
@@ -216,7 +224,7 @@ class ScriptRun:
             supervisor.tick()
         self._close()
         if supervisor.stopped_by and not self._raised and not supervisor.problems:
-            _exit_saying(_stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
+            _exit_saying(stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
         if supervisor.problems and not self._raised and not supervisor.stopping:
             _exit_with(process_failed(supervisor.problems.values(), self._size))
 
@@ -263,7 +271,7 @@ class _Watchdog:
                 supervisor.directory.remove()
                 if supervisor.problems:
                     _exit_with(process_failed(supervisor.problems.values(), self._size))
-                _exit_saying(_stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
+                _exit_saying(stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,11 +356,6 @@ def _start(command: Sequence[str], world: World, variables: Mapping[str, str]) -
 
 def _precedes(own: Failure, first: Failure) -> bool:
     return (own.weight, own.when) <= (first.weight, first.when)
-
-
-def _stopped(number: int) -> str:
-    name = signal.Signals(number).name
-    return f"The run stops: {name} ended one of its processes, which could not stop by itself.\n"
 
 
 def _exit_with(error: Exception) -> None:
