@@ -104,6 +104,7 @@ class CudaAccelerator:
             self._bind(device)
         if self.memory_fraction is not None:
             torch.cuda.set_per_process_memory_fraction(self.memory_fraction, device)
+            self._before.limited = device
         return device
 
     def synchronize(self, device: torch.device) -> None:
@@ -116,8 +117,8 @@ class CudaAccelerator:
         self._copying.clear()
         if before.device is not None:
             torch.cuda.set_device(before.device)
-            if self.memory_fraction is not None:
-                torch.cuda.set_per_process_memory_fraction(1.0)
+        if before.limited is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, before.limited)
         if before.threads is not None:
             torch.set_num_threads(before.threads)
         if before.tf32 is not None:
@@ -197,6 +198,7 @@ class _Before:
 
     def __init__(self) -> None:
         self.device: int | None = None
+        self.limited: torch.device | None = None
         self.threads: int | None = None
         self.tf32: tuple[bool, bool] | None = None
         self.cores: set[int] | None = None
