@@ -483,6 +483,7 @@ def any_to_any(session: nox.Session) -> None:
     session.run(shared_python(session), script, str(folder), *session.posargs, external=True)
 
 
+@nox.session(venv_backend="none", default=False)
 def network(session: nox.Session) -> None:
     """Torchrun on two network namespaces: lose a worker, a host, the link. Needs root, iproute2."""
     session.run(

@@ -201,6 +201,15 @@ def goes_on(folder: Path, what: str, tally: Tally) -> None:
         tally.wrong.append(f"{what}: resumed from step {step} it ended with {code}: {steps}")
 
 
+def summary(tally: Tally, seconds: float) -> str:
+    """One line."""
+    return (
+        f"{tally.runs} runs, {tally.started} had begun to train, {tally.saved} resumed from a "
+        f"checkpoint, {len(tally.hangs)} hangs, {len(tally.wrong)} wrong; the slowest end took "
+        f"{tally.slowest:.1f} s; {seconds:.0f} s in all"
+    )
+
+
 def main() -> None:
     if sys.argv[1] == "fit":
         fit(Path(sys.argv[2]), "script")
@@ -213,12 +222,10 @@ def main() -> None:
         place = folder / f"run-{number}"
         place.mkdir(parents=True)
         one_run(place, launchers[number % len(launchers)], draw, tally)
+        if tally.runs % 20 == 0:
+            print(summary(tally, time.monotonic() - began), file=sys.stderr, flush=True)
     print("\n".join(tally.wrong))
-    print(
-        f"{tally.runs} runs, {tally.started} had begun to train, {tally.saved} resumed from a "
-        f"checkpoint, {len(tally.hangs)} hangs, {len(tally.wrong)} wrong; the slowest end took "
-        f"{tally.slowest:.1f} s; {time.monotonic() - began:.0f} s in all"
-    )
+    print(summary(tally, time.monotonic() - began))
     raise SystemExit(bool(tally.wrong))
 
 
