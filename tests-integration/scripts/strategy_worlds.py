@@ -322,3 +322,96 @@ def call_the_next(rank: Any) -> float:
     made = rpc.rpc_sync(f"worker{other}", torch.add, args=(torch.tensor(2.0), rank.world.rank))
     strategy.close()
     return float(made)
+
+
+class Deep(nn.Module):
+    """A sequence inside a module that prepares its input."""
+
+    def __init__(self, *, tied: bool = False, outside: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            *(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(8)), nn.Linear(4, 4)
+        )
+        if tied:
+            self.layers[7][0].weight = self.layers[0][0].weight
+        if outside:
+            self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x * 2.0)
+
+
+def deep(seed: int, **settings: Any) -> Deep:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Deep(**settings)
+
+
+def pipe(
+    rank: Any,
+    options: dict[str, Any],
+    clip: Clip | None = None,
+    accumulate: int = 1,
+    steps: int = STEPS,
+) -> dict[str, Any]:
+    """Updates in a pipeline, an evaluation of other lengths, the state, and going on with it."""
+    strategy = bound(rank, "PipelineStrategy", options)
+    module = strategy.prepare(deep(rank.world.rank))
+    optimizers = OPTIMIZERS["adamw"](module)
+    spec = StepSpec(module, optimizers, loss_of, clip=clip, accumulate=accumulate)
+    step = strategy.train_step(spec)
+    with step:
+        results = [step(window) for window in windows(batches(rank.world.rank, steps), accumulate)]
+    held = sum(p.untyped_storage().nbytes() for p in module.parameters())
+    with strategy.eval_step(EvalSpec(module, loss_of)) as evaluate:
+        if rank.world.rank == 0:
+            value = float(evaluate(batches(0, 1)[0]))
+        rank.collectives.barrier()
+    state = strategy.state()
+    strategy.close()
+    alone = "used"
+    try:
+        module(torch.ones(1, 4))
+    except DrivetrainError as error:
+        alone = str(error)
+    other = bound(rank, "DDPStrategy", {})
+    whole = other.prepare(module)
+    end = parameters(whole)
+    go_on = other.train_step(StepSpec(whole, OPTIMIZERS["adamw"](whole), loss_of))
+    kept = rank.collectives.broadcast_object(
+        (dict(state.module), list(state.optimizers), dict(state.precision))
+    )
+    other.load(ModelState(*kept))
+    go_on([batches(rank.world.rank, 1)[0]])
+    return {
+        "end": end,
+        "losses": [float(result.loss) for result in results],
+        "norms": [None if r.grad_norm is None else float(r.grad_norm) for r in results],
+        "held": held,
+        "evaluation": value if rank.world.rank == 0 else None,
+        "state": kept[0],
+        "states": len(kept[1][0]["state"]),
+        "alone": alone,
+        "after": parameters(whole),
+    }
+
+
+def pipe_by_hand(size: int, clip: Clip | None = None, accumulate: int = 1) -> Any:
+    module = deep(0)
+    (optimizer,) = OPTIMIZERS["adamw"](module)
+    for window in windows(joined(size, STEPS), accumulate):
+        for batch in window:
+            (loss_of(module, batch) / len(window)).backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(module.parameters(), clip.value)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(module.named_parameters())
+
+
+def pipe_refused(rank: Any, options: dict[str, Any], made: dict[str, Any]) -> str:
+    try:
+        bound(rank, "PipelineStrategy", options).prepare(deep(0, **made))
+    except DrivetrainError as error:
+        return str(error)
+    return "done"

@@ -76,6 +76,7 @@ HERE = {
     "DDPShardedPlugin": "drivetrain_toolkit.seed_strategies.DDPShardedPlugin",
     "DDPSpawnShardedPlugin": "drivetrain.plugins.DDPSpawnShardedPlugin",
     "RPCPlugin": "drivetrain_toolkit.seed_strategies.RPCPlugin",
+    "RPCSequentialPlugin": "drivetrain_toolkit.seed_strategies.RPCSequentialPlugin",
     "PrecisionPlugin": "drivetrain_toolkit.seeds.PrecisionPlugin",
     "MixedPrecisionPlugin": "drivetrain_toolkit.seeds.MixedPrecisionPlugin",
     "NativeMixedPrecisionPlugin": "drivetrain_toolkit.seeds.NativeMixedPrecisionPlugin",

@@ -10,6 +10,7 @@ from drivetrain_toolkit.seeds import DDPPlugin, OldStrategy
 from drivetrain_toolkit.strategies import (
     DataParallelStrategy,
     DDP2Strategy,
+    PipelineStrategy,
     RPCStrategy,
     Zero1Strategy,
 )
@@ -87,3 +88,52 @@ class RPCPlugin(DDPPlugin, RPCStrategy):
             rpc_timeout_s=rpc_timeout_sec,
             **options,
         )
+
+
+class RPCSequentialPlugin(OldStrategy, PipelineStrategy):
+    """``PipelineStrategy`` with the older arguments.
+
+    The sequence is the module's ``sequential_module``, its only child that is one, or itself.
+
+    Args:
+        balance: Layers of each stage; None divides parameters as evenly as layers allow.
+        microbatches: Parts of a batch.
+        checkpoint: ``"always"`` and ``"except_last"`` make activations again in backward.
+        balance_mode: ``"balance_by_size"``.
+        pipelined_backward: Backward is always pipelined.
+        rpc_timeout_sec: Refused: stages send to each other without calls.
+        checkpoint_io: How checkpoints are written; None leaves the choice to the trainer.
+
+    Raises:
+        ConfigurationError: An argument asks for what is not done any more.
+    """
+
+    def __init__(
+        self,
+        balance: Sequence[int] | None = None,
+        microbatches: int = 8,
+        checkpoint: str = "except_last",
+        balance_mode: str = "balance_by_size",
+        pipelined_backward: bool | None = True,  # noqa: FBT001, FBT002 - the older signature
+        rpc_timeout_sec: float | None = None,
+        *,
+        checkpoint_io: CheckpointIO | None = None,
+    ) -> None:
+        for name, value, known in (
+            ("checkpoint", checkpoint, ("always", "except_last", "never")),
+            ("balance_mode", balance_mode, ("balance_by_size",)),
+            ("pipelined_backward", pipelined_backward, (True, None)),
+            ("rpc_timeout_sec", rpc_timeout_sec, (None,)),
+        ):
+            if value not in known:
+                raise ConfigurationError(
+                    f"{type(self).__name__}({name}={value!r}) was asked for; there is "
+                    f"{', '.join(map(repr, known))}.",
+                    "Use one of these, or leave it out.",
+                )
+        super().__init__(
+            balance=balance,
+            microbatches=microbatches,
+            activation_checkpointing=checkpoint != "never",
+        )
+        self.checkpoint_io = checkpoint_io

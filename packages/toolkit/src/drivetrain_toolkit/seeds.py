@@ -370,7 +370,9 @@ def _scaled(
 
 
 #: Those that need more of torch than most users do.
-_ELSEWHERE: Final = frozenset({"DDP2Plugin", "DDPShardedPlugin", "DataParallelPlugin", "RPCPlugin"})
+_ELSEWHERE: Final = frozenset(
+    {"DDP2Plugin", "DDPShardedPlugin", "DataParallelPlugin", "RPCPlugin", "RPCSequentialPlugin"}
+)
 
 
 def __getattr__(name: str) -> object:

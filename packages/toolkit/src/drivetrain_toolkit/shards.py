@@ -82,7 +82,9 @@ class Shards:
         home = grads[0].device if grads else torch.device("cpu")
         total = torch.zeros((), device=home)
         # Every rank holds the same names, and so goes through the same groups in the same order.
-        kinds: dict[tuple[ProcessGroup, ...], list[Tensor]] = {}
+        kinds: dict[tuple[ProcessGroup, ...], list[Tensor]] = (
+            {self._everywhere: []} if self._everywhere else {}
+        )
         for grad, groups in zip(grads, self._divided, strict=True):
             kinds.setdefault(groups, []).append(grad)
         for groups, members in kinds.items():

@@ -14,7 +14,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from drivetrain_interfaces.backend import EAGER, StrategySpec
-from drivetrain_interfaces.capabilities import Capabilities, Feature
+from drivetrain_interfaces.capabilities import (
+    ALL_STEP_HOOKS,
+    Capabilities,
+    Feature,
+    StepHook,
+)
 
 from drivetrain_toolkit import CONTRACT
 
@@ -72,6 +77,17 @@ CAPABILITIES: Mapping[str, Capabilities] = {
 }
 
 
+#: One backward is many here, on a rank that does not hold what is scaled.
+CAPABILITIES = {
+    **CAPABILITIES,
+    "pipeline": Capabilities(
+        features=SHARDED_FEATURES - {Feature.SYNC_BATCHNORM},
+        precisions=frozenset({"32-true", "64-true", "bf16-mixed", "bf16-true", "16-true"}),
+        hooks=ALL_STEP_HOOKS - {StepHook.BEFORE_BACKWARD},
+    ),
+}
+
+
 def _load(target: str) -> StrategyFactory:
     module, _, name = target.partition(":")
     factory: StrategyFactory = getattr(
@@ -97,3 +113,4 @@ FSDP = _spec("fsdp", "fsdp:FSDPStrategy")
 DP = _spec("dp", "dp:DataParallelStrategy", one_process=True)
 DDP2 = _spec("ddp2", "ddp2:DDP2Strategy")
 RPC = _spec("rpc", "remote:RPCStrategy")
+PIPELINE = _spec("pipeline", "pipeline:PipelineStrategy")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from drivetrain_toolkit.strategies.eager import SingleDeviceStrategy as SingleDeviceStrategy
     from drivetrain_toolkit.strategies.fsdp import FSDPStrategy as FSDPStrategy
     from drivetrain_toolkit.strategies.fsdp import Zero2Strategy as Zero2Strategy
+    from drivetrain_toolkit.strategies.pipeline import PipelineStrategy as PipelineStrategy
     from drivetrain_toolkit.strategies.remote import RPCStrategy as RPCStrategy
     from drivetrain_toolkit.strategies.zero1 import Zero1Strategy as Zero1Strategy
 
@@ -27,6 +28,7 @@ _HOME = {
     "DDP2Strategy": "ddp2",
     "DDPStrategy": "ddp",
     "DataParallelStrategy": "dp",
+    "PipelineStrategy": "pipeline",
     "RPCStrategy": "remote",
     "EagerStrategy": "eager",
     "FSDPStrategy": "fsdp",

@@ -189,6 +189,15 @@ class EagerStrategy:
     def _make_whole(self, module: nn.Module) -> None:
         """Gather what an earlier strategy divided, and this one wants whole."""
         divided = [p for p in module.parameters() if hasattr(p, "device_mesh")]
+        if "_drivetrain_stages" in vars(module):
+            from drivetrain_toolkit.strategies import pipeline
+
+            if not pipeline.make_whole(module, self.context):
+                raise ConfigurationError(
+                    f"{type(module).__name__} holds one rank's layers from a run with 'pipeline' "
+                    f"in another world than this of {self.context.world.size}.",
+                    "Load the run's checkpoint into a new module.",
+                )
         if not divided:
             return
         if self.context.world.size != divided[0].device_mesh.size():

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-import torch
 from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
 
+from drivetrain_toolkit.owners import gather_owned
 from drivetrain_toolkit.specs import CAPABILITIES
-from drivetrain_toolkit.state import gather_module, gather_optimizer, restore_module
+from drivetrain_toolkit.state import gather_module, restore_module
 from drivetrain_toolkit.state import restore_optimizers as restore_all
 from drivetrain_toolkit.strategies.ddp import DDPOptions, DDPStrategy
 
@@ -22,16 +21,15 @@ with warnings.catch_warnings():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from drivetrain_interfaces import (
-        Collectives,
         ManualSpec,
         ManualStep,
         StepSpec,
         TrainStep,
     )
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from drivetrain_toolkit.steps import Update
@@ -77,7 +75,14 @@ class Zero1Strategy(DDPStrategy):
         return ModelState(
             module=gather_module(module) if main else {},
             optimizers=[
-                _gather(each, module, self.context.collectives, main=main) for each in self._divided
+                gather_owned(
+                    each.optim,
+                    module,
+                    each.owner,
+                    self.context.collectives,
+                    self.context.world.rank,
+                )
+                for each in self._divided
             ],
             precision=self.context.precision.state_dict(),
         )
@@ -220,47 +225,3 @@ class _Stepped:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._optimizer, name)
-
-
-def _gather(
-    divided: _Divided, module: nn.Module, collectives: Collectives, *, main: bool
-) -> dict[str, Any]:
-    """The state of all ranks on the main one: what it lacks, its owner sends, tensor by tensor."""
-    optimizer = divided.optim
-    mine = gather_optimizer(optimizer, module)
-    names = {id(p): name for name, p in module.named_parameters()}
-    whole: dict[str, Any] = {k: v for k, v in mine["state"].items() if k not in names.values()}
-    for group in divided.whole:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            owner = divided.owner(parameter)
-            found = mine["state"].get(name) if owner == divided.rank else None
-            kept = _sent(found, owner, collectives, here=owner == divided.rank)
-            if kept is not None:
-                whole[name] = kept
-    return {**mine, "state": whole} if main else {}
-
-
-def _sent(
-    found: Mapping[str, Any] | None, owner: int, collectives: Collectives, *, here: bool
-) -> dict[str, Any] | None:
-    """The state of one parameter, from its owner to all; None if it has none."""
-    layout: Any = None
-    if here and found is not None:
-        layout = {
-            key: (tuple(v.shape), v.dtype, None)
-            if isinstance(v, torch.Tensor)
-            else (None, None, pickle.dumps(v))
-            for key, v in found.items()
-        }
-    layout = collectives.broadcast_object(layout, owner)
-    if layout is None:
-        return None
-    made: dict[str, Any] = {}
-    for key, (shape, dtype, value) in layout.items():
-        if shape is None:
-            made[key] = pickle.loads(value)  # noqa: S301 - from a rank of this very run
-            continue
-        mine = found[key] if found is not None else torch.empty(shape, dtype=dtype)
-        made[key] = collectives.broadcast(mine, owner)
-    return made
