@@ -168,6 +168,6 @@ def test_a_job_that_is_cancelled_saves_and_tears_down(slurm, until):
     until(lambda: len(_losses(folder)) >= 2, "two steps", 250)
     slurm("scancel", job)
     until((folder / "ends.txt").exists, "the end", 60)
-    assert slurm.states(job) == ["CANCELLED"]
+    until(lambda: slurm.states(job) == ["CANCELLED"], "the job to be cancelled", 60)
     assert (folder / "ends.txt").read_text().strip() != "None"
     assert list((folder / "kept").iterdir()), "it has saved"

@@ -87,3 +87,30 @@ def test_the_pods_of_a_trainjob_start_their_processes_and_train_as_one_does(
     (found,) = values(_both(two_hosts, tmp_path, words, clean_variables))
     assert (found["size"], found["environment"]) == (4, "local"), "launched by the trainer"
     _same(found, alone)
+
+
+@pytest.mark.slow
+def test_ranks_meet_at_an_ipv6_address(run, tmp_path, values, alone, clean_variables):
+    address = run(["sh", "-c", "cat /proc/net/if_inet6"], tmp_path, good=False).stdout
+    if "00000000000000000000000000000001" not in address:
+        pytest.skip("this machine has no loopback of IPv6")
+    both = []
+    for rank in (0, 1):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        meet = {"MASTER_ADDR": "[::1]", "MASTER_PORT": 29512}
+        words = [f"{name}={value}" for name, value in {**place, **meet}.items()]
+        both.append(
+            subprocess.Popen(
+                ["env", *words, sys.executable, EQUAL],
+                cwd=tmp_path,
+                env=clean_variables,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = "".join(each.communicate(timeout=250)[0] for each in both)
+    assert [each.returncode for each in both] == [0, 0]
+    (found,) = values(said)
+    assert found["size"] == 2
+    _same(found, alone)

@@ -1,8 +1,9 @@
 """What SLURM, MPI, LSF and Kubeflow say about a process. Rules E1 to E14 of the contract.
 
 The variables of SLURM, Open MPI and MPICH were written down from real ones (SLURM 22.05, Open MPI
-4.1, MPICH 5.0), without those that nothing here could look at. Those of LSF are what IBM's manuals
-of LSF and jsrun describe, those of Kubeflow what the sources of its operators set.
+4.1, MPICH 5.0), without those that nothing here could look at. Those of LSF are described in IBM's
+reference; those of jsrun and of Kubeflow's operators come from public descriptions. None of these
+was recorded on a running system.
 """
 
 from __future__ import annotations
