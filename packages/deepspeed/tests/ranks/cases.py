@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from drivetrain_interfaces import Clip, StepSpec
-from drivetrain_toolkit.strategies import DDPStrategy
+from drivetrain_interfaces import Clip, EvalSpec, ModelState, StepSpec
+from drivetrain_toolkit.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 
 from drivetrain_deepspeed import DeepSpeedStrategy
@@ -95,3 +95,177 @@ def every_stage(rank):
         for stage in (0, 1, 2, 3):
             answers[name][stage] = trained(rank, DeepSpeedStrategy(stage), **settings)
     return answers
+
+
+#: Nothing is kept whole because it is small.
+ALL_DIVIDED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+
+
+def divided():
+    return DeepSpeedStrategy(3, config=ALL_DIVIDED)
+
+
+def resumed(rank, strategy, state, precision="32-true", **settings):
+    """Ten further steps from a state; where they lead."""
+    run = Run(rank, strategy, precision, network(5), **settings)
+    run.strategy.load(ModelState(*state))
+    loaded = run.state()
+    run.train(10, start=10)
+    answer = {"loaded": loaded, "end": run.state()}
+    run.close()
+    return answer
+
+
+def states_go_anywhere(rank):
+    """Saved after ten steps at stage 3, loaded at every stage, by DDP and by FSDP."""
+    run = Run(rank, divided())
+    run.train(10)
+    state = run.state()
+    run.train(10, start=10)
+    answer = {"state": state, "end": run.state(), "loads": {}}
+    run.close()
+    targets = {"ddp": DDPStrategy(), "fsdp": FSDPStrategy(), 3: divided()}
+    targets |= {stage: DeepSpeedStrategy(stage) for stage in (0, 1, 2)}
+    for name, strategy in targets.items():
+        answer["loads"][name] = resumed(rank, strategy, state)
+    answer["from ddp"] = {}
+    run = Run(rank, DDPStrategy())
+    run.train(10)
+    state = run.state()
+    run.close()
+    for stage in (1, 2, 3):
+        strategy = divided() if stage == 3 else DeepSpeedStrategy(stage)
+        answer["from ddp"][stage] = resumed(rank, strategy, state)["end"]
+    return answer
+
+
+def half_precision(rank):
+    """Training in bfloat16, and going on from what was saved."""
+    answer = {}
+    for precision in ("bf16-mixed", "bf16-true"):
+        for stage in (1, 2, 3):
+            make = divided if stage == 3 else lambda stage=stage: DeepSpeedStrategy(stage)
+            run = Run(rank, make(), precision)
+            losses = [float(r.loss) for r in run.train(10)]
+            state = run.state()
+            run.train(10, start=10)
+            end = run.state()
+            run.close()
+            again = resumed(rank, make(), state, precision)
+            answer[precision, stage] = {
+                "losses": losses, "state": state, "end": end, "again": again["end"],
+            }  # fmt: skip
+        answer[precision, "ddp"] = trained(rank, DDPStrategy(), precision)
+    return answer
+
+
+def offloaded(rank):
+    """State that waits in host memory, updated by a torch optimizer."""
+    import warnings
+
+    answer = {"ddp": trained(rank, DDPStrategy(), accumulate=3)}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        answer[2] = trained(rank, DeepSpeedStrategy(2, offload_optimizer="cpu"), accumulate=3)
+        strategy = DeepSpeedStrategy(3, offload_optimizer="cpu", offload_parameters="cpu")
+        answer[3] = trained(rank, strategy, accumulate=3)
+    answer["notices"] = [str(w.message) for w in caught if "offloaded" in str(w.message)]
+    return answer
+
+
+def evaluated(rank):
+    """At stage 3 with everything divided: ranks evaluate other numbers of batches, then train."""
+    run = Run(rank, divided())
+    run.train(4)
+    spec = EvalSpec(run.module, loss, inference_mode=True)
+    batches = [window[0] for window in windows(0, 3)]
+    with run.strategy.eval_step(spec) as step:
+        found = [float(step(batch)) for batch in batches[: 3 - 2 * rank.world.rank]]
+    held = sum(p.numel() for p in run.module.parameters())
+    run.train(4, start=4)
+    state = run.state()
+    run.close()
+    plain = Run(rank, DDPStrategy())
+    plain.train(4)
+    with plain.strategy.eval_step(EvalSpec(plain.module, loss)) as step:
+        wanted = [float(step(batch)) for batch in batches]
+    plain.train(4, start=4)
+    answer = {"found": found, "wanted": wanted, "held": held}
+    answer["states"] = (state, plain.state())
+    plain.close()
+    return answer
+
+
+def frozen(rank):
+    """A layer that is not trained, in a state with and without it."""
+    answer = {}
+    for stage in (0, 2, 3):
+        for without in (False, True):
+            module = network(rank.world.rank)
+            module[0].requires_grad_(False)
+            config = ALL_DIVIDED if stage == 3 else None
+            strategy = DeepSpeedStrategy(stage, config=config, exclude_frozen_parameters=without)
+            run = Run(rank, strategy, module=module, make=trained_ones)
+            run.train(5)
+            state = run.state()
+            run.train(5, start=5)
+            end = run.state()
+            run.close()
+            again = network(0)
+            again[0].requires_grad_(False)
+            run = Run(rank, strategy, module=again, make=trained_ones)
+            run.strategy.load(ModelState(*state))
+            run.train(5, start=5)
+            answer[stage, without] = {"state": state, "end": end, "again": run.state()}
+            run.close()
+    return answer
+
+
+def trained_ones(module):
+    return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+
+
+def scheduled(rank):
+    """A scheduler in DeepSpeed's configuration, over a resume."""
+    config = {
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 8, "warmup_type": "linear"},
+        }
+    }
+    run = Run(rank, DeepSpeedStrategy(1, config=config))
+    rates = []
+    for number in range(6):
+        run.train(1, start=number)
+        rates.append(run.optimizer.param_groups[0]["lr"])
+    state = run.state()
+    run.train(2, start=6)
+    end = run.optimizer.param_groups[0]["lr"]
+    run.close()
+    run = Run(rank, DeepSpeedStrategy(1, config=config))
+    run.strategy.load(ModelState(*state))
+    run.train(2, start=6)
+    answer = {"rates": rates, "end": end, "again": run.optimizer.param_groups[0]["lr"]}
+    run.close()
+    return answer
+
+
+def memory(rank):
+    """Bytes of parameters, gradients in flight and optimizer state that this rank holds."""
+    answer = {}
+    for stage in (0, 1, 2, 3):
+        strategy = DeepSpeedStrategy(stage, config=ALL_DIVIDED if stage == 3 else None)
+        module = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 3))
+        run = Run(rank, strategy, module=module)
+        run.train(2)
+        optimizer = run.optimizer
+        moments = sum(
+            value.numel()
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, torch.Tensor)
+        )
+        held = sum(p.numel() for p in run.module.parameters())
+        answer[stage] = {"moments": moments, "parameters": held}
+        run.close()
+    return answer
