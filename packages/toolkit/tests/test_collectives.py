@@ -167,9 +167,8 @@ def test_a_side_channel_is_usable_until_it_is_closed(server):
 
 def test_side_channels_of_two_attempts_do_not_mix(server):
     """L10: torchrun keeps its store when it starts all ranks again."""
-    first = place(server.port)
-    second = World(rank=0, size=2, local_size=2, address="127.0.0.1", port=server.port, restarts=1)
-    one, two = (StoreSideChannel(world, timedelta(seconds=10)) for world in (first, second))
+    place_here, patience = place(server.port), timedelta(seconds=10)
+    one, two = (StoreSideChannel(place_here, patience, attempt) for attempt in (0, 1))
     one.post("failed", b"x")
     assert two.peek("failed") is None
 

@@ -116,6 +116,9 @@ class TorchCollectives:
         self._timeout = _seconds(timeout_s, variables, *TIMEOUT)
         self._rendezvous = _seconds(rendezvous_s, variables, *RENDEZVOUS)
         agent = variables.get(AGENT_STORE) == "True"
+        # Only a store that torchrun hosts outlives a restart. Agents count restarts each for
+        # itself, so with a store of this very start the number would keep ranks apart.
+        self._generation = world.restarts if agent else 0
         self._owns_group = not dist.is_initialized()
         if self._owns_group:
             self._connect(hosts=world.is_main and not agent)
@@ -216,7 +219,7 @@ class TorchCollectives:
         Raises:
             ClusterError: The store cannot be reached.
         """
-        return StoreSideChannel(self._world, self._rendezvous)
+        return StoreSideChannel(self._world, self._rendezvous, self._generation)
 
     def set_timeout(self, seconds: float) -> None:
         """How long an operation that begins from now on may take before it fails."""
@@ -260,7 +263,7 @@ class TorchCollectives:
                 )
             _STORES[key] = (store, uses + 1)
             # Ranks use the store equally often, so that they agree on this name.
-            mine = PrefixStore(f"drivetrain/{world.restarts}/{uses}", store)
+            mine = PrefixStore(f"drivetrain/{self._generation}/{uses}", store)
             _meet(mine, world, self._rendezvous)
             before = open_sockets()
             dist.init_process_group(
@@ -313,9 +316,9 @@ class TorchCollectives:
 class StoreSideChannel:
     """A small store beside the collectives, over a connection of its own."""
 
-    def __init__(self, world: World, timeout: timedelta) -> None:
+    def __init__(self, world: World, timeout: timedelta, generation: int = 0) -> None:
         self._world = world
-        self._prefix = f"drivetrain/{world.restarts}/side/"
+        self._prefix = f"drivetrain/{generation}/side/"
         # A client answers one call at a time, also when two threads share this object.
         self._lock = threading.Lock()
         with _rendezvous(world, "the side channel could not be opened"):
