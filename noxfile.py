@@ -490,3 +490,16 @@ def network(session: nox.Session) -> None:
         shared_python(session), "-m", "pytest", "-rs", "-s", "tests-integration/network_faults.py",
         *session.posargs, external=True,
     )  # fmt: skip
+
+
+@nox.session(venv_backend="none", default=False)
+def strategies(session: nox.Session) -> None:
+    """Run the kit on two and four CPU processes with each strategy that divides state."""
+    python = shared_python(session)
+    session.run(python, "ci/strategy_table.py", external=True)
+    for name in session.posargs or ("zero1", "zero2", "fsdp"):
+        session.run(
+            python, "-m", "pytest", "--pyargs", "drivetrain_conformance.suite",
+            "--drivetrain-backend=cpu", f"--drivetrain-strategy={name}", "--drivetrain-level=2",
+            external=True,
+        )  # fmt: skip
