@@ -175,7 +175,7 @@ def tests(session: nox.Session, name: str) -> None:
     local = ["interfaces", *(["toolkit"] if uses_torch(name) else []), name]
     if own_environment(name):
         engine = ["cpu"] if name in ENGINES else []
-        install_apart(session, name, *editable([*local, "trainer", *engine]))
+        install_apart(session, name, *editable([*local, "trainer", "cpu", *engine]))
     elif tested_with_torch(name):
         python = shared_python(session)
     else:
@@ -256,7 +256,8 @@ def backend(session: nox.Session, name: str) -> None:
     ``simulated`` is the backend that the kit's own tests hold; runs of a trainer on it are among
     them. A package that brings strategies in an environment of its own is tested on the CPU
     backend. The kit's report is left in ``build/reports``. Several runs of the kit, with variables
-    and options of their own, are ``[[tool.drivetrain.kit]]`` tables.
+    and options of their own (``{home}`` is the folder of the tests), are
+    ``[[tool.drivetrain.kit]]`` tables.
     """
     suite = ["-m", "pytest", "--pyargs", "drivetrain_conformance.suite"]
     runs: list[dict[str, Any]] = [{}]
@@ -271,7 +272,7 @@ def backend(session: nox.Session, name: str) -> None:
         if name in ENGINES:
             target, local = "cpu", [*local, *editable(["cpu"])]
         if own_environment(name):
-            install_apart(session, name, *local, *editable(["trainer"]))
+            install_apart(session, name, *local, *editable(["trainer", "cpu"]))
         else:
             session.install("-q", *CONSTRAINTS, *TEST_TOOLS, *local)
         run_tests(session, python, name)
@@ -287,7 +288,8 @@ def backend(session: nox.Session, name: str) -> None:
     for run in runs:
         report = ROOT / REPORTS / f"{run.get('report', name)}.json"
         report.unlink(missing_ok=True)
-        options = [f"--drivetrain-report={report}", *run.get("options", []), *session.posargs]
+        options = [f"--drivetrain-report={report}", *session.posargs]
+        options += [option.format(home=home) for option in run.get("options", [])]
         session.run(python, *suite, *options, env=run.get("env"), external=True)
 
 
