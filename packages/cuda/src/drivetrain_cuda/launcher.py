@@ -38,6 +38,6 @@ def refuse_with_context() -> None:
         raise ClusterError(
             "The 'fork' launcher was asked for, and this process has used a GPU already, such as "
             "by x.cuda(); a CUDA context cannot be copied into other processes.",
-            "Restart the notebook and leave the GPU to the trainer, or use devices=1, or put the "
-            "code into a module and use launcher='spawn'.",
+            "Use launcher='notebook', which starts fresh processes, or devices=1; or restart the "
+            "notebook and leave the GPU to the trainer.",
         )
