@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from drivetrain import Trainer
 from drivetrain_interfaces import DataError, ProcessFailedError
+from drivetrain_toolkit.strategies import DDPStrategy
 from training_parts import Regression, loader
 
 if TYPE_CHECKING:
@@ -113,10 +114,10 @@ class Uneven:
         yield from data[: self.counts[self.trainer[0].world.rank]]
 
 
-def _fit_uneven(data: Any, where: list[Trainer]) -> None:
+def _fit_uneven(data: Any, where: list[Trainer], strategy: Any = None) -> None:
     trainer = Trainer(
         accelerator="cpu", devices=2, launcher="fork", max_epochs=3, logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        enable_progress_bar=False, enable_model_summary=False, strategy=strategy,
     )  # fmt: skip
     where.append(trainer)
     trainer.fit(Regression("sgd"), data)
@@ -131,6 +132,13 @@ def test_loaders_of_unequal_length_are_named_and_no_rank_hangs(counts: tuple[int
     text = str(caught.value)
     assert "DataError" in text
     assert f"train loader of rank {short} ended after 3 steps of epoch 0, and rank" in text
+
+
+def test_ranks_that_seldom_meet_are_told_of_unequal_loaders_too() -> None:
+    where: list[Trainer] = []
+    strategy = DDPStrategy(averaging_period=4)
+    with pytest.raises(ProcessFailedError, match="train loader of rank 0 ended after 3 steps"):
+        _fit_uneven(Uneven(where, (3, 5)), where, strategy)
 
 
 def test_loaders_of_equal_but_unknown_length_are_fine() -> None:

@@ -10,6 +10,7 @@ from drivetrain_interfaces import (
     Clip,
     DrivetrainError,
     EvalSpec,
+    ManualSpec,
     ModelState,
     StepSpec,
     StrategyContext,
@@ -85,6 +86,7 @@ def joined(size: int, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 OPTIMIZERS = {
     "adamw": lambda m: [torch.optim.AdamW(m.parameters(), lr=0.01)],
+    "plain": lambda m: [torch.optim.SGD(m.parameters(), lr=0.05)],
     "sgd": lambda m: [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.5)],
     "two": lambda m: [
         torch.optim.AdamW(m.blocks.parameters(), lr=0.01),
@@ -176,15 +178,22 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def refused(rank: Any, kind: str, options: dict[str, Any], doing: str = "bind") -> str:
+def refused(
+    rank: Any, kind: str, options: dict[str, Any], doing: str = "bind", precision: str = "32-true"
+) -> str:
     """The text of the refusal."""
     try:
-        strategy = bound(rank, kind, options)
+        strategy = bound(rank, kind, options, precision)
         if doing == "bind":
             return "bound"
         module = model(tied=doing == "tied")
         early = OPTIMIZERS["adamw"](module)
         module = strategy.prepare(module)
+        if doing == "manual":
+            strategy.manual_step(ManualSpec(module, OPTIMIZERS["sgd"](module), loss_of))
+        if doing == "closure":
+            optimizer = torch.optim.LBFGS(module.parameters())
+            strategy.train_step(StepSpec(module, [optimizer], loss_of))
         if doing == "early":
             strategy.train_step(StepSpec(module, early, loss_of))
         if doing == "kinds":
@@ -415,3 +424,55 @@ def pipe_refused(rank: Any, options: dict[str, Any], made: dict[str, Any]) -> st
     except DrivetrainError as error:
         return str(error)
     return "done"
+
+
+PERIOD, WARMUP = 4, 5
+
+
+def part_and_meet(
+    rank: Any, group: int | None, save_at: int = 0, optimizer: str = "sgd"
+) -> dict[str, Any]:
+    """Updates with averaged parameters, perhaps broken off once; and torch's own loop of it."""
+    options = {
+        "averaging_period": PERIOD,
+        "averaging_start": WARMUP,
+        "averaging_group": group,
+    }
+    module, state, answer = model(rank.world.rank), None, {}
+    drawn = batches(rank.world.rank, STEPS)
+    for some in filter(None, (drawn[:save_at], drawn[save_at:])):
+        strategy = bound(rank, "DDPStrategy", options)
+        module = strategy.prepare(module)
+        step = strategy.train_step(StepSpec(module, OPTIMIZERS[optimizer](module), loss_of))
+        if state is not None:
+            strategy.load(ModelState(*state))
+        for batch in some:
+            step([batch])
+        made = strategy.state()
+        state = (dict(made.module), list(made.optimizers), dict(made.precision))
+        answer |= {"end": parameters(module), "state": state[0]}
+        with step:
+            pass
+        answer |= {"left": parameters(module)}
+        strategy.close()
+    return answer | {"by_hand": part_by_hand(rank, group or 1, optimizer)}
+
+
+def part_by_hand(rank: Any, group: int, kind: str) -> dict[str, torch.Tensor]:
+    from torch import distributed as dist
+    from torch.distributed.algorithms.ddp_comm_hooks import post_localSGD_hook as local
+    from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+    module = model(0)
+    (optimizer,) = OPTIMIZERS[kind](module)
+    wrapper = nn.parallel.DistributedDataParallel(module)
+    subgroup = dist.new_subgroups(group)[0]
+    held = local.PostLocalSGDState(None, subgroup, WARMUP)
+    wrapper.register_comm_hook(held, local.post_localSGD_hook)
+    averager = PeriodicModelAverager(PERIOD, WARMUP)
+    for batch in batches(rank.world.rank, STEPS):
+        optimizer.zero_grad()
+        loss_of(wrapper, batch).backward()
+        optimizer.step()
+        averager.average_parameters(module.parameters())
+    return parameters(module)

@@ -1,4 +1,4 @@
-"""Averaging gradients over ranks, for steps whose backward the user's code calls."""
+"""Averages over ranks, such as of gradients for steps whose backward the user's code calls."""
 
 from __future__ import annotations
 
@@ -36,6 +36,11 @@ def average_gradients(parameters: Sequence[Tensor], collectives: Collectives) ->
         parts = torch.split(flat, [grad.numel() for grad in bucket])
         for grad, part in zip(bucket, parts, strict=True):
             grad.copy_(part.view_as(grad))
+
+
+def mean_over(collectives: Collectives, tensor: Tensor) -> Tensor:
+    """The mean of what ranks hold; the tensor itself if it holds no fractions."""
+    return collectives.all_reduce(tensor, ReduceOp.MEAN) if tensor.is_floating_point() else tensor
 
 
 def _gradient(parameter: Tensor) -> Tensor:

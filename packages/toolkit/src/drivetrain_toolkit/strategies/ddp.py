@@ -6,12 +6,17 @@ import inspect
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from drivetrain_interfaces import ConfigurationError, UnsupportedError, UserCodeError
+import torch
+from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError, UserCodeError
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from drivetrain_toolkit.averaging import mean_over
+from drivetrain_toolkit.checks import needs_closure
+from drivetrain_toolkit.state import gather_module, gather_optimizer
 from drivetrain_toolkit.steps import EagerTrainStep, make_train_step
 from drivetrain_toolkit.strategies.eager import EagerStrategy, broadcast_module, with_options
 
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces import ManualSpec, ManualStep, StepSpec, TrainStep
 
     from drivetrain_toolkit.steps import Update
+    from drivetrain_toolkit.strategies.local_sgd import LocalSGD
 
 #: Newer versions of torch have another name for it, and warn about the older one.
 _BUFFERS_ARGUMENT = (
@@ -42,6 +48,9 @@ class DDPOptions:
     broadcast_buffers: bool
     comm_hook: Callable[[Any, Any], Any] | None
     comm_state: Any
+    averaging_period: int | None
+    averaging_start: int
+    averaging_group: int | None
 
 
 class DDPStrategy(EagerStrategy):
@@ -58,14 +67,22 @@ class DDPStrategy(EagerStrategy):
         broadcast_buffers: Rank 0's buffers go to all ranks before each forward.
         comm_hook: What reduces a bucket instead of the average, as for ``register_comm_hook``.
         comm_state: The first argument of ``comm_hook``.
+        averaging_period: Ranks average parameters once in so many windows, instead of gradients in
+            each (post-local SGD); 2 or more. None means gradients in each.
+        averaging_start: Windows at the beginning in which gradients are averaged all the same.
+        averaging_group: Ranks that average gradients in every window also afterwards, 1 for none.
+            None means those of a machine, or none if there is only one.
     """
 
     name = "ddp"
+    #: Whether every rank can update all of its parameters by itself.
+    _can_part: ClassVar[bool] = True
 
     _options: Any
     _model: Any = None
     _loss: _LossModule | None = None
     _step: EagerTrainStep | None = None
+    _averaging: LocalSGD | None = None
 
     def __init__(
         self,
@@ -77,6 +94,9 @@ class DDPStrategy(EagerStrategy):
         broadcast_buffers: bool = True,
         comm_hook: Callable[[Any, Any], Any] | None = None,
         comm_state: Any = None,
+        averaging_period: int | None = None,
+        averaging_start: int = 0,
+        averaging_group: int | None = None,
     ) -> None:
         self._options = DDPOptions(
             find_unused_parameters,
@@ -86,6 +106,9 @@ class DDPStrategy(EagerStrategy):
             broadcast_buffers,
             comm_hook,
             comm_state,
+            averaging_period,
+            averaging_start,
+            averaging_group,
         )
 
     @property
@@ -143,7 +166,8 @@ class DDPStrategy(EagerStrategy):
 
         Raises:
             UserCodeError: ``configure_ddp`` was overridden and set no usable wrapper.
-            UnsupportedError: A static graph was asked for together with weighted accumulation.
+            UnsupportedError: A static graph was asked for together with weighted accumulation, or
+                averaging of parameters with an optimizer that needs a closure.
         """
         self._release()
         world = self.context.world
@@ -155,6 +179,8 @@ class DDPStrategy(EagerStrategy):
                     stacklevel=2,
                 )
             return super().train_step(spec)
+        if self._options.averaging_period is not None:
+            self._averaging = self._local_sgd(spec)
         self._optimizers = tuple(spec.optimizers)
         self._loss = _LossModule(spec.module, spec.loss)
         self.configure_ddp()
@@ -168,12 +194,44 @@ class DDPStrategy(EagerStrategy):
             world_size=world.size,
             update=self._update(spec),
         )
+        if self._averaging is not None:
+            return self._averaging.around(self._step, self._average)
         return self._step
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
         """Build the manual step. It averages gradients at each update and needs no wrapper."""
         self._release()
+        if self._options.averaging_period is not None:
+            raise UnsupportedError(
+                f"averaging_period={self._options.averaging_period} was asked for together with a "
+                "manual step, which averages gradients at each update.",
+                "Leave it out, or use automatic optimization.",
+            )
         return super().manual_step(spec)
+
+    def state(self) -> ModelState:
+        """The whole state, on every rank; the mean over ranks while they differ."""
+        if self._averaging is None:
+            return super().state()
+        module = self._prepared()
+        mean = partial(mean_over, self.context.collectives)
+        optimizers = [gather_optimizer(each, module, whole=mean) for each in self._optimizers]
+        self._averaging.note(optimizers)
+        return ModelState(
+            module=gather_module(module, whole=mean),
+            optimizers=optimizers,
+            precision=self.context.precision.state_dict(),
+        )
+
+    def load(self, state: ModelState, *, strict: bool = True) -> None:
+        """Restore a state, and how far the period of averaging was.
+
+        Raises:
+            CheckpointError: Something does not fit; names what.
+        """
+        super().load(state, strict=strict)
+        if self._averaging is not None:
+            self._averaging.read(state.optimizers)
 
     def close(self) -> None:
         """Drop the wrapper, whose hooks go with it, and release the device."""
@@ -183,8 +241,80 @@ class DDPStrategy(EagerStrategy):
     def _configure(self, options: Mapping[str, Any]) -> None:
         self._options = with_options(self.name, self._options, options)
 
+    def _check(self) -> None:
+        super()._check()
+        options = self._options
+        if options.averaging_period is not None:
+            self._check_averaging()
+        elif options.averaging_start or options.averaging_group is not None:
+            raise ConfigurationError(
+                f"averaging_start={options.averaging_start} and "
+                f"averaging_group={options.averaging_group} were asked of the strategy "
+                f"{self.name!r} without averaging_period.",
+                "Give averaging_period, or leave out both.",
+            )
+
+    def _check_averaging(self) -> None:
+        options, world, precision = self._options, self.context.world, self.context.precision
+        group = self._averaging_group()
+        if options.averaging_period < 2 or options.averaging_start < 0:  # noqa: PLR2004 - as it says
+            raise ConfigurationError(
+                f"averaging_period={options.averaging_period} and "
+                f"averaging_start={options.averaging_start} were asked of the strategy "
+                f"{self.name!r}.",
+                "Give a period of 2 or more, a start of 0 or more, or leave out both.",
+            )
+        if world.size > 1 and (group < 1 or world.size % group or group == world.size):
+            raise ConfigurationError(
+                f"averaging_group={group} was asked of the strategy {self.name!r} in a world of "
+                f"{world.size}.",
+                f"Use a divisor of {world.size} that is smaller, such as 1.",
+            )
+        if options.comm_hook is not None:
+            raise ConfigurationError(
+                f"averaging_period and comm_hook were both asked of the strategy {self.name!r}, "
+                "and both say how gradients are reduced.",
+                "Keep one of them.",
+            )
+        if not self._can_part or precision.policy.loss_scaling:
+            with_what = f" in precision {precision.name!r}" if self._can_part else ""
+            raise UnsupportedError(
+                f"averaging_period={options.averaging_period} was asked of the strategy "
+                f"{self.name!r}{with_what}, in which ranks cannot update on their own.",
+                "Use 'ddp' and a precision without a loss scale.",
+            )
+
+    def _averaging_group(self) -> int:
+        asked: int | None = self._options.averaging_group
+        if asked is not None:
+            return asked
+        world = self.context.world
+        return 1 if world.local_size == world.size else world.local_size
+
+    def _local_sgd(self, spec: StepSpec) -> LocalSGD:
+        from drivetrain_toolkit.strategies.local_sgd import LocalSGD
+
+        options = self._options
+        for optimizer in spec.optimizers:
+            if needs_closure(optimizer):
+                raise UnsupportedError(
+                    f"averaging_period={options.averaging_period} was asked of the strategy "
+                    f"{self.name!r} with {type(optimizer).__name__}, which evaluates the loss "
+                    "itself.",
+                    "Leave it out, or use another optimizer.",
+                )
+        return LocalSGD(options.averaging_period, options.averaging_start, self._averaging_group())
+
+    def _average(self) -> None:
+        """Make ranks equal: each takes the mean of all."""
+        with torch.no_grad():
+            for tensor in (*self._prepared().parameters(), *self._prepared().buffers()):
+                tensor.copy_(mean_over(self.context.collectives, tensor.detach()))
+
     def _update(self, spec: StepSpec) -> Update | None:
         """How the optimizers update, if not as the precision does it."""
+        if self._averaging is not None:
+            return self._averaging.updating(self.context.precision.step)
         return None
 
     def _checked_wrapper(self) -> Any:
@@ -195,6 +325,8 @@ class DDPStrategy(EagerStrategy):
                 "self._model, not a wrapper with no_sync().",
                 "Set self._model to a DistributedDataParallel around self.model.",
             )
+        if self._averaging is not None:
+            self._averaging.register(wrapper)
         if self._options.comm_hook is not None:
             wrapper.register_comm_hook(self._options.comm_state, self._options.comm_hook)
         return wrapper
@@ -215,7 +347,7 @@ class DDPStrategy(EagerStrategy):
         """Drop every reference to the wrapper: its hooks live exactly as long as it does."""
         if self._step is not None:
             self._step.release()
-        self._step = self._model = self._loss = None
+        self._step = self._model = self._loss = self._averaging = None
 
 
 class _LossModule(nn.Module):

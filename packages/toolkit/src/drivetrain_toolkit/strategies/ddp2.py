@@ -42,6 +42,7 @@ class DDP2Strategy(DDPStrategy):
 
     name = "ddp2"
     capabilities: ClassVar = CAPABILITIES["ddp2"]
+    _can_part: ClassVar[bool] = False
 
     _node: ProcessGroup | None = None
     _sharing: _Sharing | None = None

@@ -54,6 +54,7 @@ class Zero1Strategy(DDPStrategy):
 
     name = "zero1"
     capabilities: ClassVar = CAPABILITIES["zero1"]
+    _can_part: ClassVar[bool] = False
 
     _divided: tuple[_Divided, ...] = ()
 
