@@ -7,9 +7,11 @@ import os
 import pickle
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from drivetrain_interfaces import ConfigurationError, ModelState
+from drivetrain_toolkit import reading
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives
 from drivetrain_toolkit.strategies import SingleDeviceStrategy
@@ -495,8 +497,9 @@ class saving_removes_first(Good):
 
 
 class Trusting(DirectoryCheckpointIO):
-    def _verify(self, folder: str) -> Any:
-        return self._check_files(folder)
+    def load(self, path: str) -> Any:
+        with mock.patch.object(reading, "_require_hash"):
+            return super().load(path)
 
 
 class loading_trusts_content(Good):
