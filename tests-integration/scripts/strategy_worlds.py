@@ -476,3 +476,169 @@ def part_by_hand(rank: Any, group: int, kind: str) -> dict[str, torch.Tensor]:
         optimizer.step()
         averager.average_parameters(module.parameters())
     return parameters(module)
+
+
+class Feed(nn.Module):
+    """A normalized layer pair between two that no plan names, with dropout."""
+
+    def __init__(self, dropout: float = 0.0, hidden: int = 8) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 6)
+        self.body = nn.Sequential()
+        self.body.norm = nn.LayerNorm(6)
+        self.body.up = nn.Linear(6, hidden)
+        self.body.act = nn.Tanh()
+        self.body.down = nn.Linear(hidden, 6)
+        self.drop = nn.Dropout(dropout)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        return self.last(self.drop(x + self.body(x)))
+
+
+def feed(seed: int, **settings: Any) -> Feed:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Feed(**settings)
+
+
+def plans() -> dict[str, dict[str, Any]]:
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        PrepareModuleInput,
+        RowwiseParallel,
+    )
+
+    return {
+        "pair": {"body.up": "colwise", "body.down": "rowwise"},
+        "pattern": {"bo*.up": ColwiseParallel(), "*.down": RowwiseParallel()},
+        "sequence": {
+            "body": PrepareModuleInput(
+                input_layouts=Replicate(), desired_input_layouts=Shard(0), use_local_output=True
+            ),
+            "body.norm": "sequence_of_rows",
+            "body.up": ColwiseParallel(input_layouts=Shard(0)),
+            "body.down": "rowwise",
+        },
+    }
+
+
+def plan_of(name: str) -> dict[str, Any]:
+    from torch.distributed.tensor.parallel import SequenceParallel
+
+    return {
+        key: SequenceParallel(sequence_dim=0) if style == "sequence_of_rows" else style
+        for key, style in plans()[name].items()
+    }
+
+
+def tensor_parallel(
+    rank: Any,
+    plan: str,
+    clip: Clip | None = None,
+    accumulate: int = 1,
+    dropout: float = 0.0,
+    precision: str = "32-true",
+    optimizer: str = "adamw",
+) -> dict[str, Any]:
+    """Updates by a plan, an evaluation of other lengths, the state, and going on with it."""
+    strategy = bound(rank, "TensorParallelStrategy", {"plan": plan_of(plan)}, precision)
+    module = strategy.prepare(feed(rank.world.rank, dropout=dropout))
+    torch.manual_seed(rank.world.rank)
+    optimizers = tp_optimizers(module, optimizer)
+    step = strategy.train_step(
+        StepSpec(module, optimizers, loss_of, clip=clip, accumulate=accumulate, weight=weight_of)
+    )
+    with step:
+        results = [step(window) for window in windows(batches(rank.world.rank, STEPS), accumulate)]
+    held = {name: local(p).numel() for name, p in module.named_parameters()}
+    losses = []
+    with strategy.eval_step(EvalSpec(module, loss_of)) as evaluate:
+        losses = [float(evaluate(batch)) for batch in batches(0, 1 + rank.world.rank)]
+    with step:
+        again = step([batches(rank.world.rank, 1)[0]]).loss
+    state = strategy.state()
+    strategy.close()
+    kept = rank.collectives.broadcast_object(
+        (dict(state.module), list(state.optimizers), dict(state.precision))
+    )
+    end = parameters(module)
+    answer = {}
+    for kind, options in (
+        ("DDPStrategy", {}),
+        ("TensorParallelStrategy", {"plan": plan_of(plan)}),
+    ):
+        other = bound(rank, kind, options)
+        whole_one = other.prepare(module)
+        start = parameters(whole_one)
+        go_on = other.train_step(StepSpec(whole_one, tp_optimizers(whole_one, optimizer), loss_of))
+        other.load(ModelState(*kept))
+        with go_on:
+            go_on([batches(rank.world.rank, 1)[0]])
+        answer[kind] = parameters(whole_one)
+        answer["start"] = answer.get("start", start)
+        other.close()
+    return answer | {
+        "end": end,
+        "held": held,
+        "losses": losses,
+        "again": float(again),
+        "state": kept[0],
+        "states": [set(each["state"]) for each in kept[1]],
+        "norms": [None if r.grad_norm is None else float(r.grad_norm) for r in results],
+    }
+
+
+def weight_of(batch: Any) -> float:
+    return float(len(batch[0]))
+
+
+def tp_optimizers(module: nn.Module, kind: str) -> list[torch.optim.Optimizer]:
+    if kind == "two":
+        return [
+            torch.optim.AdamW(module.body.parameters(), lr=0.01),
+            torch.optim.SGD(
+                [*module.first.parameters(), *module.last.parameters()], lr=0.05, momentum=0.5
+            ),
+        ]
+    return OPTIMIZERS[kind](module)
+
+
+def tensor_parallel_by_hand(
+    size: int, clip: Clip | None = None, accumulate: int = 1, optimizer: str = "adamw"
+) -> Any:
+    """One process with all the data; the last update is that after the evaluation."""
+    module = feed(0)
+    optimizers = tp_optimizers(module, optimizer)
+    for window in [*windows(joined(size, STEPS), accumulate), joined(size, 1)]:
+        for batch in window:
+            (loss_of(module, batch) / len(window)).backward()
+        if clip is not None and clip.by == "norm":
+            nn.utils.clip_grad_norm_(module.parameters(), clip.value)
+        elif clip is not None:
+            nn.utils.clip_grad_value_(module.parameters(), clip.value)
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+def plan_refused(rank: Any, plan: Any, doing: str = "prepare") -> str:
+    try:
+        strategy = bound(rank, "TensorParallelStrategy", {"plan": plan})
+        module = feed(0, hidden=9 if doing == "odd" else 8)
+        if doing == "tied":
+            module.last.weight = nn.Parameter(torch.ones(8, 6))
+            module.body.up.weight = module.last.weight
+        early = OPTIMIZERS["adamw"](module)
+        module = strategy.prepare(module)
+        if doing == "early":
+            strategy.train_step(StepSpec(module, early, loss_of))
+        if doing == "foreach":
+            together = torch.optim.SGD(module.parameters(), lr=0.1, foreach=True)
+            strategy.train_step(StepSpec(module, [together], loss_of))
+    except DrivetrainError as error:
+        return str(error)
+    return "done"

@@ -68,6 +68,7 @@ _FEATURES = {
     "zero1": SHARDED_FEATURES,
     "zero2": SHARDED_FEATURES,
     "fsdp": SHARDED_FEATURES,
+    "tp": SHARDED_FEATURES - {Feature.SYNC_BATCHNORM},
 }
 
 #: What each registered strategy can do; a run has what both it and its backend can.
@@ -113,4 +114,5 @@ FSDP = _spec("fsdp", "fsdp:FSDPStrategy")
 DP = _spec("dp", "dp:DataParallelStrategy", one_process=True)
 DDP2 = _spec("ddp2", "ddp2:DDP2Strategy")
 RPC = _spec("rpc", "remote:RPCStrategy")
+TP = _spec("tp", "tensor_parallel:TensorParallelStrategy")
 PIPELINE = _spec("pipeline", "pipeline:PipelineStrategy")

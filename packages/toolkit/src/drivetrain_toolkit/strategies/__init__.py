@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from drivetrain_toolkit.strategies.fsdp import Zero2Strategy as Zero2Strategy
     from drivetrain_toolkit.strategies.pipeline import PipelineStrategy as PipelineStrategy
     from drivetrain_toolkit.strategies.remote import RPCStrategy as RPCStrategy
+    from drivetrain_toolkit.strategies.tensor_parallel import (
+        TensorParallelStrategy as TensorParallelStrategy,
+    )
     from drivetrain_toolkit.strategies.zero1 import Zero1Strategy as Zero1Strategy
 
 _HOME = {
@@ -33,6 +36,7 @@ _HOME = {
     "EagerStrategy": "eager",
     "FSDPStrategy": "fsdp",
     "SingleDeviceStrategy": "eager",
+    "TensorParallelStrategy": "tensor_parallel",
     "Zero1Strategy": "zero1",
     "Zero2Strategy": "fsdp",
 }

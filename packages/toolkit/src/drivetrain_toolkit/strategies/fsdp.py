@@ -331,23 +331,6 @@ class FSDPStrategy(EagerStrategy):
             units = chosen(module, wanted, setting)
         checkpoint_activations(units)
 
-    def _refuse_foreign(self, spec: StepSpec) -> None:
-        known = {id(p) for p in spec.module.parameters()}
-        for optimizer in spec.optimizers:
-            foreign = [
-                tuple(p.shape)
-                for group in optimizer.param_groups
-                for p in group["params"]
-                if id(p) not in known
-            ]
-            if foreign:
-                raise ConfigurationError(
-                    f"{type(optimizer).__name__} was built before the strategy {self.name!r} "
-                    f"divided the module: {len(foreign)} of its parameters, the first of shape "
-                    f"{foreign[0]}, are none of the module's any more.",
-                    "Build it from what prepare returned, such as in configure_optimizers.",
-                )
-
     def _release(self) -> None:
         if self._step is not None:
             self._step.release()
