@@ -93,7 +93,7 @@ def _refused(
     ("settings", "kind", "code", "parts"),
     [
         ({"accelerator": "cpv"}, NotFoundError, "DT101", ("'cpv'", "'cpu', the nearest name")),
-        ({"strategy": "dpp"}, NotFoundError, "DT101", ("'dpp'", "'ddp', the nearest name")),
+        ({"strategy": "ddpp"}, NotFoundError, "DT101", ("'ddpp'", "'ddp', the nearest name")),
         ({"precision": "fp7"}, NotFoundError, "DT101", ("'fp7'", "bf16-mixed", "64-true")),
         ({"precision": "bf16-mixd"}, NotFoundError, "DT101", ("'bf16-mixed', the nearest",)),
         ({"launcher": "scrpt"}, NotFoundError, "DT101", ("'scrpt'", "'script', the nearest")),
