@@ -185,10 +185,11 @@ def tests(session: nox.Session, name: str) -> None:
 
 @nox.session(venv_backend="none")
 def integration(session: nox.Session) -> None:
-    """Run the tests that need several packages at once."""
+    """Run the tests that need several packages at once; ``-- -m slow`` for the long ones."""
     session.run(
         shared_python(session), "-m", "pytest", "tests-integration",
-        "--ignore=tests-integration/clusters", *session.posargs, external=True,
+        "--ignore=tests-integration/clusters", *(session.posargs or ("-m", "not slow")),
+        external=True,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import signal
 import socket
 from typing import TYPE_CHECKING
 
+import pytest
 from seen import survived
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_a_lost_agent_costs_steps_and_no_sample(start: Starter) -> None:
     port = _free_port()
     first = _agent(start, start.folder, port, hosts=True)

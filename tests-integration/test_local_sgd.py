@@ -17,7 +17,7 @@ def mean(answers, key):
     return {name: torch.stack([each[name] for each in every]).mean(0) for name in every[0]}
 
 
-@pytest.mark.parametrize(("size", "group"), [(2, None), (4, 2)])
+@pytest.mark.parametrize(("size", "group"), [(2, None), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_averaged_parameters_are_those_of_torchs_loop(worlds, size, group):
     answers = worlds(size).run("strategy_worlds:part_and_meet", "S9", group=group)
     for answer in answers:

@@ -20,7 +20,7 @@ def close(one, other):
         (2, {"schedule": "1f1b", "balance": [4, 5]}, Clip(0.1), 1),
         (2, {"split": ["3"], "activation_checkpointing": True}, None, 3),
         (2, {"schedule": "interleaved"}, None, 1),
-        (4, {"microbatches": 3}, Clip(0.1), 1),
+        pytest.param(4, {"microbatches": 3}, Clip(0.1), 1, marks=pytest.mark.slow),
     ],
     ids=["gpipe", "1f1b", "split", "interleaved", "four"],
 )

@@ -111,11 +111,12 @@ def test_a_forked_run_that_fails_is_an_error_here(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    before = set(multiprocessing.active_children())  # ranks that wait for other tests
     since = time.monotonic()
     with pytest.raises(ProcessFailedError, match=f"rank {rank} .*{reason}"):
         trainer.fit(Regression("sgd"), loader())
     assert time.monotonic() - since < PROMISED + 5  # five for the start
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
     assert _other_tore_down(tmp_path, rank)
 
 

@@ -21,7 +21,7 @@ def equal(one, other):
     close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -116,7 +116,7 @@ def test_a_module_smaller_than_the_mesh_is_trained(worlds, spare):
     close(answers[0]["end"], here.reference(4, **made), rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_each_rank_holds_its_share(worlds, size):
     """Bytes of parameters and optimizer state, over those of DDP. Padding is a few rows."""
     made = {"width": 64, "depth": 8}
@@ -138,7 +138,9 @@ def test_each_rank_holds_its_share(worlds, size):
 
 
 @pytest.mark.parametrize("kind", SHARDED)
-@pytest.mark.parametrize("then", ["DDPStrategy", *SHARDED])
+@pytest.mark.parametrize(
+    "then", ["DDPStrategy", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SHARDED)]
+)
 def test_a_state_goes_on_in_any_other_strategy(worlds, kind, then):
     for answer in worlds(2).run("strategy_worlds:hand_over", "S32", first=kind, then=then):
         close(answer["other"], answer["same"], rtol=1e-5, atol=1e-6)

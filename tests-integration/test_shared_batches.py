@@ -97,7 +97,9 @@ def test_dp_refuses_several_processes():
 
 
 @pytest.mark.parametrize("loss", ["contrast", "contrast_by_parts"])
-@pytest.mark.parametrize(("size", "node_size"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("size", "node_size"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)]
+)
 def test_a_nodes_batch_is_one_loss(worlds, size, node_size, loss):
     answers = worlds(size).run(
         "strategy_worlds:train_on_nodes", "ddp2", node_size=node_size, loss=loss
