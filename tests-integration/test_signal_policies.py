@@ -102,7 +102,7 @@ def test_a_signal_during_a_save_lets_the_save_finish(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_during_set_up_stops_before_the_first_step_and_tears_down(
+def test_a_signal_during_set_up_stops_before_a_step_that_nobody_has_begun_and_tears_down(
     tmp_path: Path, ranks: int
 ) -> None:
     raises = Raises("setup", signal.SIGTERM, rank=ranks - 1)
@@ -111,7 +111,8 @@ def test_a_signal_during_set_up_stops_before_the_first_step_and_tears_down(
     with pytest.raises(Interrupted) as caught:
         trainer.fit(Regression("sgd"), loader(), loader(16, shuffle=False))
     assert caught.value.code == 143
-    assert trainer.global_step == 0
+    # Another rank may have begun its first window before it heard; then all of them finish it.
+    assert trainer.global_step <= ranks - 1
     assert trainer.interrupted is signal.SIGTERM
     for rank in range(ranks):
         lines = (tmp_path / f"events-{rank}.jsonl").read_text().splitlines()
