@@ -98,7 +98,7 @@ def shared_python(session: nox.Session) -> str:
         session.run(sys.executable, "-m", "virtualenv", "-q", "--clear", str(SHARED), external=True)
         tools = (
             *TEST_TOOLS, "mypy", "types-PyYAML", "sybil", "nox", "tensorboard", "scikit-learn",
-            "copier", "omegaconf", "torchdata", "torchao",
+            "copier", "torchdata", "torchao",
             "cloudpickle", "nbclient", "ipykernel", "kubeflow-trainer-api",
             "omegaconf", "s3fs", "moto[s3]", "flask", "flask-cors",
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Gradients of which each rank holds a part: their norm, and whether all of them are finite.
+"""Tensors of which each rank holds a part: their state, norm, and whether all are finite.
 
 Parts are ``DTensor``s, as FSDP and tensor parallelism make them. What is done here is done on the
 plain tensors inside, which costs one reduction for each way in which tensors are divided, and no
@@ -12,13 +12,22 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from drivetrain_interfaces import ModelState
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from drivetrain_toolkit.state import (
+    gather_module,
+    gather_optimizer,
+    restore_module,
+    restore_optimizers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from drivetrain_interfaces import Precision
+    from torch import nn
     from torch.distributed import ProcessGroup
     from torch.optim import Optimizer
 
@@ -47,6 +56,39 @@ def like(whole: Tensor, wanted: Tensor) -> Tensor:
     home = wanted.device if wanted.device.type != "cpu" else torch.device(mesh.device_type)
     made = distribute_tensor(whole.to(home), mesh, wanted.placements, src_data_rank=None)
     return made.to(wanted.device)
+
+
+def gather_parts(
+    module: nn.Module, optimizers: Sequence[Optimizer], precision: Precision, *, keep: bool
+) -> ModelState:
+    """The whole state of a module of which each rank holds parts. Every rank calls it.
+
+    ``keep`` is False on ranks that only help others; they return an empty state.
+    """
+    gathered = [gather_optimizer(each, module, whole=whole_of, keep=keep) for each in optimizers]
+    return ModelState(
+        module=gather_module(module, whole=whole_of, keep=keep),
+        optimizers=gathered if keep else [],
+        precision=precision.state_dict(),
+    )
+
+
+def restore_parts(
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    precision: Precision,
+    state: ModelState,
+    *,
+    strict: bool,
+) -> None:
+    """Restore a whole state, which every rank has and of which each keeps its parts.
+
+    Raises:
+        CheckpointError: Something does not fit; names what.
+    """
+    restore_module(module, state.module, strict=strict, place=like)
+    restore_optimizers(optimizers, module, state.optimizers, strict=strict, place=like)
+    precision.load_state_dict(state.precision)
 
 
 class Shards:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import torch
 from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         EvalStep,
         ManualSpec,
         ManualStep,
+        Precision,
         StepSpec,
         StrategyContext,
         TrainStep,
@@ -156,6 +157,15 @@ class EagerStrategy:
                 "Use a strategy that the backend brings, or set eager=True in its DeviceFacts.",
             )
 
+    def _refuse_other_collectives(self) -> None:
+        """Stop where several ranks do not speak through ``torch.distributed``."""
+        if self.context.world.size > 1 and not torch.distributed.is_initialized():
+            raise UnsupportedError(
+                f"The strategy {self.name!r} was given collectives that are not those of "
+                "torch.distributed, which it needs.",
+                "Use TorchCollectives, or 'ddp' with a wrapper of your own.",
+            )
+
     def _refuse_manual(self) -> NoReturn:
         raise UnsupportedError(
             f"A manual step was asked for, which the strategy {self.name!r} does not offer.",
@@ -239,6 +249,35 @@ class EagerStrategy:
             return module  # its statistics are all there are
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-untyped-call]
         return converted
+
+
+class Gathering(Protocol):
+    """What makes a module whole on every rank, and divides it again. Every rank calls both."""
+
+    def gather(self) -> None:
+        """Make it whole."""
+        ...
+
+    def scatter(self) -> None:
+        """Keep this rank's part."""
+        ...
+
+
+class WholeEvalStep(EagerEvalStep):
+    """Evaluation with a whole module on every rank between entering and leaving."""
+
+    __slots__ = ("_divided",)
+
+    def __init__(self, spec: EvalSpec, precision: Precision, divided: Gathering) -> None:
+        super().__init__(spec, precision)
+        self._divided = divided
+
+    def __enter__(self) -> Self:
+        self._divided.gather()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._divided.scatter()
 
 
 class SingleDeviceStrategy(EagerStrategy):

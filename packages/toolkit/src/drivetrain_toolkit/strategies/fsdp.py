@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-import torch.distributed as dist
 from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -20,14 +19,14 @@ from torch.distributed.fsdp import (
 )
 
 from drivetrain_toolkit.precision import _CastInputs, _install_cast
-from drivetrain_toolkit.shards import Shards, like, part_of, shared_update, whole_of
-from drivetrain_toolkit.specs import CAPABILITIES
-from drivetrain_toolkit.state import (
-    gather_module,
-    gather_optimizer,
-    restore_module,
-    restore_optimizers,
+from drivetrain_toolkit.shards import (
+    Shards,
+    gather_parts,
+    part_of,
+    restore_parts,
+    shared_update,
 )
+from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.steps import EagerEvalStep, EagerTrainStep, make_train_step
 from drivetrain_toolkit.strategies.eager import EagerStrategy, with_options
 from drivetrain_toolkit.strategies.units import (
@@ -203,17 +202,14 @@ class FSDPStrategy(EagerStrategy):
         """The whole state on rank 0; the others help, and return an empty one."""
         if self._root is None:
             return super().state()
-        main = self.context.world.is_main
         module = self._prepared()
         for unit in self._units:
             unit.reshard()
-        optimizers = [
-            gather_optimizer(each, module, whole=whole_of, keep=main) for each in self._optimizers
-        ]
-        return ModelState(
-            module=gather_module(module, whole=whole_of, keep=main),
-            optimizers=optimizers if main else [],
-            precision=self.context.precision.state_dict(),
+        return gather_parts(
+            module,
+            self._optimizers,
+            self.context.precision,
+            keep=self.context.world.is_main,
         )
 
     def load(self, state: ModelState, *, strict: bool = True) -> None:
@@ -228,9 +224,7 @@ class FSDPStrategy(EagerStrategy):
         module = self._prepared()
         for unit in self._units:
             unit.reshard()
-        restore_module(module, state.module, strict=strict, place=like)
-        restore_optimizers(self._optimizers, module, state.optimizers, strict=strict, place=like)
-        self.context.precision.load_state_dict(state.precision)
+        restore_parts(module, self._optimizers, self.context.precision, state, strict=strict)
 
     def close(self) -> None:
         """Take the hooks away and release the device. The module keeps this rank's parts.
@@ -264,12 +258,7 @@ class FSDPStrategy(EagerStrategy):
                 "the host itself.",
                 "Leave it out.",
             )
-        if size > 1 and not dist.is_initialized():
-            raise UnsupportedError(
-                f"The strategy {self.name!r} was given collectives that are not those of "
-                "torch.distributed, which it needs.",
-                "Use TorchCollectives, or 'ddp' with a wrapper of your own.",
-            )
+        self._refuse_other_collectives()
 
     def _make_mesh(self) -> DeviceMesh:
         size = self.context.world.size

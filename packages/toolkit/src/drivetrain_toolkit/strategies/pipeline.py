@@ -29,8 +29,13 @@ from drivetrain_toolkit.rows import Gathered, GatheringStep, count_rows, some_ro
 from drivetrain_toolkit.shards import Shards
 from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.state import gather_module, restore_module, restore_optimizers
-from drivetrain_toolkit.steps import EagerEvalStep, EagerTrainStep
-from drivetrain_toolkit.strategies.eager import EagerStrategy, broadcast_module, with_options
+from drivetrain_toolkit.steps import EagerTrainStep
+from drivetrain_toolkit.strategies.eager import (
+    EagerStrategy,
+    WholeEvalStep,
+    broadcast_module,
+    with_options,
+)
 from drivetrain_toolkit.strategies.units import checkpoint_activations, keep_activations
 
 if TYPE_CHECKING:
@@ -46,7 +51,6 @@ if TYPE_CHECKING:
         StrategyContext,
         TrainStep,
     )
-    from typing_extensions import Self
 
 _SCHEDULES = {
     "gpipe": ScheduleGPipe,
@@ -184,7 +188,7 @@ class PipelineStrategy(EagerStrategy):
         """Build an evaluation step. Entering it gathers all layers, so all ranks enter it."""
         if self._sequence is None:
             return super().eval_step(spec)
-        return _WholeEvalStep(spec, self.context.precision, self)
+        return WholeEvalStep(spec, self.context.precision, self)
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
         """Raises ``UnsupportedError``."""
@@ -567,20 +571,3 @@ class _PipelineStep(EagerTrainStep):
 
 def _enter(value: Any, *_: Any) -> Any:
     raise _Entered(value)
-
-
-class _WholeEvalStep(EagerEvalStep):
-    """Evaluation with all layers on every rank between entering and leaving."""
-
-    __slots__ = ("_owner",)
-
-    def __init__(self, spec: EvalSpec, precision: Precision, owner: PipelineStrategy) -> None:
-        super().__init__(spec, precision)
-        self._owner = owner
-
-    def __enter__(self) -> Self:
-        self._owner.gather()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._owner.scatter()

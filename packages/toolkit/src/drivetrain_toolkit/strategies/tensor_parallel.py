@@ -23,16 +23,22 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.parallel.style import ParallelStyle
 
 from drivetrain_toolkit.rows import Gathered, GatheringStep
-from drivetrain_toolkit.shards import Shards, like, part_of, shared_update, whole_of
-from drivetrain_toolkit.specs import CAPABILITIES
-from drivetrain_toolkit.state import (
-    gather_module,
-    gather_optimizer,
-    restore_module,
-    restore_optimizers,
+from drivetrain_toolkit.shards import (
+    Shards,
+    gather_parts,
+    part_of,
+    restore_parts,
+    shared_update,
+    whole_of,
 )
-from drivetrain_toolkit.steps import EagerEvalStep, EagerTrainStep, make_train_step
-from drivetrain_toolkit.strategies.eager import EagerStrategy, broadcast_module, with_options
+from drivetrain_toolkit.specs import CAPABILITIES
+from drivetrain_toolkit.steps import EagerTrainStep, make_train_step
+from drivetrain_toolkit.strategies.eager import (
+    EagerStrategy,
+    WholeEvalStep,
+    broadcast_module,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,12 +48,10 @@ if TYPE_CHECKING:
         EvalStep,
         ManualSpec,
         ManualStep,
-        Precision,
         StepSpec,
         TrainStep,
     )
     from torch.optim import Optimizer
-    from typing_extensions import Self
 
     from drivetrain_toolkit.steps import Update
 
@@ -149,7 +153,7 @@ class TensorParallelStrategy(EagerStrategy):
         """
         if self._installed is None:
             return super().eval_step(spec)
-        return _WholeEvalStep(spec, self.context.precision, self._installed)
+        return WholeEvalStep(spec, self.context.precision, self._installed)
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
         """Raises ``UnsupportedError``."""
@@ -159,15 +163,12 @@ class TensorParallelStrategy(EagerStrategy):
         """The whole state on rank 0; the others help, and return an empty one."""
         if self._installed is None:
             return super().state()
-        main = self.context.world.is_main
         module = self._prepared()
-        optimizers = [
-            gather_optimizer(each, module, whole=whole_of, keep=main) for each in self._optimizers
-        ]
-        return ModelState(
-            module=gather_module(module, whole=whole_of, keep=main),
-            optimizers=optimizers if main else [],
-            precision=self.context.precision.state_dict(),
+        return gather_parts(
+            module,
+            self._optimizers,
+            self.context.precision,
+            keep=self.context.world.is_main,
         )
 
     def load(self, state: ModelState, *, strict: bool = True) -> None:
@@ -180,9 +181,7 @@ class TensorParallelStrategy(EagerStrategy):
             super().load(state, strict=strict)
             return
         module = self._prepared()
-        restore_module(module, state.module, strict=strict, place=like)
-        restore_optimizers(self._optimizers, module, state.optimizers, strict=strict, place=like)
-        self.context.precision.load_state_dict(state.precision)
+        restore_parts(module, self._optimizers, self.context.precision, state, strict=strict)
 
     def close(self) -> None:
         """Take the hooks away and release the device. The module keeps this rank's parts.
@@ -204,12 +203,7 @@ class TensorParallelStrategy(EagerStrategy):
                 "Say what is divided, as in TensorParallelStrategy(plan={'up': 'colwise', "
                 "'down': 'rowwise'}).",
             )
-        if self.context.world.size > 1 and not dist.is_initialized():
-            raise UnsupportedError(
-                f"The strategy {self.name!r} was given collectives that are not those of "
-                "torch.distributed, which it needs.",
-                "Use TorchCollectives, or 'ddp' with a wrapper of your own.",
-            )
+        self._refuse_other_collectives()
 
     def _styles(self, module: nn.Module) -> dict[str, ParallelStyle]:
         """The style of each module that the plan names, outer ones first."""
@@ -411,20 +405,3 @@ def _refuse_together(optimizer: Optimizer, group: Mapping[str, Any], owner: str)
                 f"the strategy {owner!r} divides some, which torch does not update together.",
                 "Leave it out, or give what is divided an optimizer of its own.",
             )
-
-
-class _WholeEvalStep(EagerEvalStep):
-    """Evaluation with a whole module on every rank between entering and leaving."""
-
-    __slots__ = ("_installed",)
-
-    def __init__(self, spec: EvalSpec, precision: Precision, installed: _Installed) -> None:
-        super().__init__(spec, precision)
-        self._installed = installed
-
-    def __enter__(self) -> Self:
-        self._installed.gather()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._installed.scatter()
