@@ -101,22 +101,26 @@ def test_a_signal_during_a_save_lets_the_save_finish(tmp_path: Path) -> None:
     assert raises.said == ["teardown"]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_signal_during_set_up_stops_before_a_step_that_nobody_has_begun_and_tears_down(
-    tmp_path: Path, ranks: int
+@pytest.mark.parametrize(
+    ("hook", "ranks"),
+    [("setup", 1), ("setup", 2), ("on_train_start", 2), ("on_train_epoch_start", 2)],
+)
+def test_a_signal_during_set_up_stops_all_ranks_before_the_first_step_and_tears_down(
+    tmp_path: Path, hook: str, ranks: int
 ) -> None:
-    raises = Raises("setup", signal.SIGTERM, rank=ranks - 1)
+    raises = Raises(hook, signal.SIGTERM, rank=ranks - 1)
     recorder = Recorder(str(tmp_path))
     trainer = _trainer(tmp_path, raises, recorder, devices=ranks, launcher="fork")
     with pytest.raises(Interrupted) as caught:
         trainer.fit(Regression("sgd"), loader(), loader(16, shuffle=False))
     assert caught.value.code == 143
-    # Another rank may have begun its first window before it heard; then all of them finish it.
-    assert trainer.global_step <= ranks - 1
+    assert trainer.global_step == 0
     assert trainer.interrupted is signal.SIGTERM
     for rank in range(ranks):
         lines = (tmp_path / f"events-{rank}.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1])["event"] == "teardown"
+        names = [json.loads(line)["event"] for line in lines]
+        assert names[-1] == "teardown"
+        assert "batch" not in names
 
 
 def test_a_signal_after_the_last_step_ends_the_process_when_the_run_is_over(

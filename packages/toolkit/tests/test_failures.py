@@ -327,10 +327,15 @@ def test_what_a_failing_rank_started_ends_with_it(
 def test_the_same_mistake_in_all_ranks_is_raised_as_itself_and_can_be_caught(
     fail: Callable[..., Ended],
 ) -> None:
-    """N7: the script goes on in every rank, and the next launch finds them all."""
+    """N7: the script goes on in every rank, and the next launch finds them all.
+
+    The ranks do not wait for each other before they fail, and the second may still be starting
+    then. So the first gives it a minute, where users' ranks have met already.
+    """
     done = fail(
         "script",
         """
+        processes.GRACE = 60.0
         calls = []
         def main(world):
             calls.append(1)

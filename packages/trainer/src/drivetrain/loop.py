@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from drivetrain_interfaces import DataError, ManualStep, UserCodeError
 
 from drivetrain.callbacks.base import Moment
 from drivetrain.evaluate import evaluate
+from drivetrain.exchange import gather_objects
 from drivetrain.signals import SignalAction
 
 if TYPE_CHECKING:
@@ -166,6 +168,7 @@ def _windows(run: FitRun, stream: Iterator[Any]) -> bool:
     step_schedulers = [each for each in _automatic(run) if each.interval == "step"]
     validates_inside = run.validation is not None and _interval(run) is not None
     cut = False
+    run.stop.settle(partial(_any_rank, run))
     while _may_begin(run):
         window = list(islice(stream, size))
         first, before = progress.batch, progress.global_step
@@ -208,6 +211,11 @@ def _data_ended(run: FitRun, *, cut: bool) -> bool:
     if run.limit is None or run.progress.batch < run.limit:
         run.watch.end_epoch(run.progress.epoch, run.entered)
     return True
+
+
+def _any_rank(run: FitRun, here: bool) -> bool:  # noqa: FBT001 - a fact of this rank
+    stack = run.stack
+    return any(gather_objects(here, stack.collectives, stack.strategy.device))
 
 
 def _may_begin(run: FitRun) -> bool:

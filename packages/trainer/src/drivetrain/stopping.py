@@ -5,7 +5,8 @@ a collective. Asking every step would cost a host synchronization. So a thread l
 second at a side channel. When a stop is asked for there, each rank freezes: it publishes which
 window or batch of an evaluation it has begun, waits at its next boundary until all have published,
 and all go on to the furthest of these places. A rank that is busy in a collective has its thread
-publish for it.
+publish for it. At the end of the set-up all ask each other once, so that a signal which came to any
+of them by then keeps all from their first window.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from drivetrain_interfaces import DrivetrainError, ProcessFailedError
 from drivetrain.signals import Interrupted, SignalAction, SignalPolicy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from drivetrain_interfaces import SideChannel, World
     from typing_extensions import Self
 
@@ -63,6 +66,7 @@ class StopRequest:
         self._place = 0
         self._evaluation = 0
         self._said = False
+        self._settled = False
         self._asked: int | None = None
         self._target: int | None = None
         self._done = threading.Event()
@@ -101,6 +105,23 @@ class StopRequest:
     def place(self) -> int:
         """How far this rank is: a number that grows with every window and evaluation batch."""
         return self._place
+
+    def settle(self, any_rank: Callable[[bool], bool]) -> None:
+        """The end of the set-up, once; no rank goes on before all are here.
+
+        If any rank was asked to stop by now, all learn it here, before they begin a window.
+
+        Args:
+            any_rank: Whether the argument is true on any rank; all ranks call it together.
+
+        Raises:
+            ProcessFailedError: Other ranks did not say where they are in time.
+        """
+        if self._channel is None or self._settled:
+            return
+        self._settled = True
+        if any_rank(self._asked is not None):
+            self._stops_here()  # nobody has begun a window, so none is before the common place
 
     # Boundaries
     def begin(self, window: int) -> bool:
