@@ -33,7 +33,7 @@ class Kept:
 
 
 def work(world):
-    print(f"out of {world.rank}")
+    print("out", "of", world.rank, flush=True)
     print(f"error of {world.rank}", file=sys.stderr)
     if world.rank == FAILING:
         raise ValueError("bad luck")

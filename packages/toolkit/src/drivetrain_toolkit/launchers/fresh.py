@@ -62,6 +62,7 @@ class _FreshFamily(Family):
 
     def run(self) -> Any:
         self._pumps: list[Pump] = []
+        self._lines = Lines()
         assert isinstance(self._task, bytes), "the launcher has pickled it"
         write_task(self._directory.path, self._task)
         try:
@@ -76,7 +77,7 @@ class _FreshFamily(Family):
         handles = () if sending is None else (sending.fileno(),)
         process = subprocess.Popen(  # noqa: S603 - this interpreter and a module of ours
             [sys.executable, "-m", WORKER, self._directory.path, *map(str, handles)],
-            env={**os.environ, **place.variables, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **place.variables},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -86,8 +87,8 @@ class _FreshFamily(Family):
         prefix = f"[rank {rank}] " if rank else ""
         assert process.stdout is not None, "it was asked for"
         assert process.stderr is not None, "it was asked for"
-        self._pumps.append(Pump(process.stdout, sys.stdout, prefix))
-        self._pumps.append(Pump(process.stderr, sys.stderr, prefix))
+        self._pumps.append(Pump(process.stdout, sys.stdout, prefix, self._lines))
+        self._pumps.append(Pump(process.stderr, sys.stderr, prefix, self._lines))
         return process
 
 
@@ -95,6 +96,23 @@ def write_task(folder: str, task: bytes) -> None:
     """Put into a folder what a fresh process needs: where to import from, and what to call."""
     data = pickle.dumps({"path": list(sys.path), "task": task})
     Path(folder, TASK).write_bytes(data)
+
+
+class Lines:
+    """What the pumps of one run share, so that no line of a rank begins inside another's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: Pump | None = None
+
+    def write(self, pump: Pump, text: str, target: TextIO) -> None:
+        """Write some text of a pump, on a line of its own if another's line is not ended."""
+        with self._lock:
+            if self._open not in (None, pump):
+                text = f"\n{text}"
+            self._open = None if text.endswith(("\n", "\r")) else pump
+            target.write(text)
+            target.flush()
 
 
 class Pump:
@@ -105,9 +123,13 @@ class Pump:
         target: Where the text goes.
         prefix: What each line begins with; without one the text is passed on as it comes, so that
             progress bars move.
+        lines: Shared by the pumps whose text meets in one place.
     """
 
-    def __init__(self, source: Any, target: TextIO, prefix: str = "") -> None:
+    def __init__(
+        self, source: Any, target: TextIO, prefix: str = "", lines: Lines | None = None
+    ) -> None:
+        self._lines = lines or Lines()
         self._source = source
         self._target = target
         self._prefix = prefix
@@ -133,5 +155,4 @@ class Pump:
 
     def _write(self, text: str) -> None:
         if text:
-            self._target.write(text)
-            self._target.flush()
+            self._lines.write(self, text, self._target)

@@ -132,7 +132,6 @@ class ManagedLauncher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
-            env=self._environment(),
         )
         pumps = (Pump(process.stdout, sys.stdout), Pump(process.stderr, sys.stderr))
         seen: list[int] = []
@@ -141,9 +140,6 @@ class ManagedLauncher:
         for pump in pumps:
             pump.finish()
         return code, seen[0] if seen else 0
-
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, "PYTHONUNBUFFERED": "1"}
 
     def _outcome(self, directory: RunDirectory, code: int, stopped: int) -> Any:
         states = [directory.read(rank) for rank in range(self._size)]

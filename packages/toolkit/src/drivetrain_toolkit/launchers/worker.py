@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickle
 import sys
@@ -29,6 +30,10 @@ _MANAGED = "--managed="
 
 def main(arguments: Sequence[str]) -> None:
     """Be a rank: ``FOLDER [PIPE]`` as a child, ``--managed=LAUNCHER FOLDER`` under a manager."""
+    for stream in (sys.stdout, sys.stderr):
+        # Into a pipe Python writes blocks, or unbuffered the pieces of a line: lines are wanted.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
     launcher = arguments[0].removeprefix(_MANAGED) if arguments[0].startswith(_MANAGED) else ""
     folder, *pipe = arguments[1:] if launcher else arguments
     content = pickle.loads(Path(folder, TASK).read_bytes())  # noqa: S301 - from our own parent
