@@ -128,6 +128,13 @@ def read(path):
             pass
 
 
+def warm(path):
+    """Into the page cache with it, whoever wrote it in which way."""
+    for each in [path] if path.is_file() else path.rglob("*"):
+        if each.is_file():
+            read(each)
+
+
 def in_background(tree, path):
     """The time that the loop stands still, and the time until it is durable."""
     start = time.perf_counter()
@@ -221,6 +228,7 @@ def measure(megabytes, rounds, folder):
             path = folder / "x"
             os.sync()
             note(f"save {name}", timed(save, tree, path))
+            warm(path)
             note(f"load {name}", timed(LOADS[name], path, tree))
             if name == "drivetrain":
                 note("read", timed(read, path / "tensors.safetensors"))

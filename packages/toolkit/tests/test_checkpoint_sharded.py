@@ -220,10 +220,10 @@ def test_a_full_disk_of_one_is_raised_in_all_and_the_old_one_stays(
     assert together(fsdp_like(2), tmp_path / "x") == [None, None]
     write = durable.write_file
 
-    def full(path: str, fill: Callable[..., None]) -> tuple[int, str]:
+    def full(path: str, fill: Callable[..., None], size: int) -> tuple[int, str]:
         if path.endswith("tensors-00001.safetensors"):
             raise OSError(28, "No space left on device")
-        return write(path, fill)
+        return write(path, fill, size)
 
     monkeypatch.setattr(durable, "write_file", full)
     errors = together(fsdp_like(2), tmp_path / "x", token="def")

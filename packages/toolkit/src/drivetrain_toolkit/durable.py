@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
+from drivetrain_toolkit import directfile
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,16 +24,23 @@ _HERE: Final = -100  # AT_FDCWD: relative names start at the current directory
 _CHUNK: Final = 1 << 20
 
 
-def write_file(path: str, fill: Callable[[Callable[[Any], None]], None]) -> tuple[int, str]:
+def write_file(
+    path: str, fill: Callable[[Callable[[Any], None]], None], size: int = 0
+) -> tuple[int, str]:
     """Write a new file and return once it is on the disk.
 
     Args:
         path: A name that does not exist.
         fill: Called with a function that appends bytes.
+        size: About how many, where that is known.
 
     Returns:
         Its size in bytes, and the XXH3 hash (128 bits, hexadecimal) of what was written.
     """
+    if directfile.OFFERED and size >= directfile.WORTH_IT:
+        with directfile.DirectFile(path, size) as large:
+            fill(large.append)
+        return large.size, large.hexdigest()
     digest = xxhash.xxh3_128()
     size = 0
     with open(path, "xb", buffering=0) as file:

@@ -90,9 +90,9 @@ class LocalDraft:
         """As wanted: a new directory has no other files."""
         return wanted
 
-    def write(self, name: str, fill: Fill) -> tuple[int, str]:
+    def write(self, name: str, fill: Fill, size: int = 0) -> tuple[int, str]:
         """Write a file; return once it is on the disk."""
-        return durable.write_file(os.path.join(self._folder, name), fill)
+        return durable.write_file(os.path.join(self._folder, name), fill, size)
 
     def publish(self, manifest: bytes) -> None:
         """Everything to the disk, then the manifest, then the name."""

@@ -111,7 +111,7 @@ class ObjectDraft:
         stem, _, suffix = wanted.rpartition(".")
         return f"{stem}-{self._token}.{suffix}"
 
-    def write(self, name: str, fill: Fill) -> tuple[int, str]:
+    def write(self, name: str, fill: Fill, size: int = 0) -> tuple[int, str]:
         """Upload a file in parts; all of it again if a part cannot be."""
 
         def upload() -> tuple[int, str]:

@@ -51,8 +51,11 @@ class Draft(Protocol):
         """What a file is going to be called."""
         ...
 
-    def write(self, name: str, fill: Fill) -> tuple[int, str]:
-        """Write a file durably; returns its size and the XXH3 hash of what was written."""
+    def write(self, name: str, fill: Fill, size: int = 0) -> tuple[int, str]:
+        """Write a file durably; returns its size and the XXH3 hash of what was written.
+
+        ``size`` is about how many bytes are going to come, where that is known.
+        """
         ...
 
     def publish(self, manifest: bytes) -> None:

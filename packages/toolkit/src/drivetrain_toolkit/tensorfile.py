@@ -117,7 +117,7 @@ def stored_as(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, tuple[in
     return "U8", (volume(shape) * dtype.itemsize,)
 
 
-def pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
+def pieces(tensor: torch.Tensor, chunk: int = _CHUNK) -> Iterator[memoryview]:
     """The memory of a contiguous tensor on the host, a few megabytes at a time."""
     size = tensor.numel() * tensor.element_size()
     if size == 0:
@@ -125,8 +125,8 @@ def pieces(tensor: torch.Tensor) -> Iterator[memoryview]:
     memory: Any = (ctypes.c_ubyte * size).from_address(tensor.data_ptr())
     memory.owner = tensor  # alive as long as a view is
     view = memoryview(memory).cast("B")
-    for start in range(0, size, _CHUNK):
-        yield view[start : start + _CHUNK]
+    for start in range(0, size, chunk):
+        yield view[start : start + chunk]
 
 
 def read_header(file: Readable, size: int, seen: Callable[[Any], None]) -> list[Slot]:

@@ -99,7 +99,9 @@ class JointSave:
         }
         if tensors:
             size, digest = draft.write(
-                file, lambda write: write_tensors({k: mine[p] for k, p in tensors.items()}, write)
+                file,
+                lambda write: write_tensors({k: mine[p] for k, p in tensors.items()}, write),
+                sum(piece.size for piece in tasks),
             )
             part["file"] = [file, size, digest]
         draft.tell(self._own("part"), json.dumps(part).encode("ascii"))

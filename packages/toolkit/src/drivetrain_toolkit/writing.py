@@ -18,7 +18,7 @@ from drivetrain_toolkit.manifest import (
     TensorFacts,
     tiling_problem,
 )
-from drivetrain_toolkit.staging import TensorShelf
+from drivetrain_toolkit.staging import TensorShelf, nbytes
 from drivetrain_toolkit.tensorfile import write_tensors
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ def write_alone(draft: Draft, staged: Staged, origin: Origin) -> None:
         facts[name] = whole(shard.data, file, name)
     text = staged.text()
     files = {
-        file: draft.write(file, lambda write: write_tensors(tensors, write)),
+        file: draft.write(
+            file, lambda write: write_tensors(tensors, write), nbytes(tensors.values())
+        ),
         state: draft.write(state, lambda write: write(text)),
     }
     draft.publish(manifest_for(origin, files, facts, state).text())
