@@ -291,6 +291,24 @@ class TestDevices:
 
 
 class TestGpus:
+    def test_a_strategy_may_want_a_process_for_each_device_all_the_same(self):
+        whole = backend(several_devices_launcher="none", process_launcher="spawn")
+        alone = Capabilities(features=frozenset(), precisions=ALL.precisions)
+        spec = replace(whole.spec, strategy_capabilities={"single_device": alone, "spmd": alone})
+        spec = replace(
+            spec,
+            strategies=("single_device", "spmd", "ddp"),
+            facts=replace(spec.facts, several_devices_strategy="spmd"),
+        )
+        where = machine(replace(whole, spec=spec))
+        plan = plan_of(where=where, devices=3)
+        assert (plan.strategy, plan.world_size, plan.launcher) == ("spmd", 1, "none")
+        plan = plan_of(where=where, devices=3, strategy="ddp")
+        assert (plan.world_size, plan.launcher, plan.devices) == (3, "spawn", (0, 1, 2))
+        plan = plan_of(where=where, devices=3, strategy="ddp", launcher="fork")
+        assert plan.launcher == "fork"
+        assert not plan_of(where=where, devices=3, strategy="spmd").capabilities.features
+
     def test_excludes_the_host_and_says_so_once(self):
         favourite = replace(HOST, spec=replace(HOST.spec, priority=99))
         plan = plan_of(where=machine(favourite, backend()), gpus=2)

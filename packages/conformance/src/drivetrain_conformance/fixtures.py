@@ -238,7 +238,14 @@ def strategy_name(request: pytest.FixtureRequest, target: Target) -> str:
     """A strategy for several devices."""
     if not target.several_devices_strategies:
         pytest.skip(f"{BY_DECLARATION}{target.strategy_name!r} is a strategy for one device")
-    return str(request.param)
+    name = str(request.param)
+    if name in target.spec.strategy_capabilities:
+        needs = [each for mark in request.node.iter_markers("needs") for each in mark.args]
+        features = [each for each in needs if isinstance(each, Feature)]
+        lacks = target.spec.capabilities_of(name).missing(features)
+        if lacks:
+            pytest.skip(f"{BY_DECLARATION}{name!r} does not declare {lacks[0].value!r}")
+    return name
 
 
 @pytest.fixture(params=[1, 2, 4], ids=lambda size: f"world{size}")

@@ -88,7 +88,7 @@ class Target:
     @property
     def capabilities(self) -> Capabilities:
         """What both the backend and the strategy declare."""
-        mine = self.spec.capabilities
+        mine = self.spec.capabilities_of(self.strategy_name or "")
         return mine.meet(self.strategy_spec.capabilities) if self.strategy_spec else mine
 
     @property
@@ -104,7 +104,16 @@ class Target:
             both = alone == self.spec.facts.several_devices_strategy
             return () if self.strategy_name == alone and not both else (self.strategy_name,)
         several = self.spec.facts.several_devices_strategy
-        return tuple(n for n in self.spec.strategies if n != alone or n == several)
+        return tuple(
+            name
+            for name in self.spec.strategies
+            if (name != alone or name == several) and self._in_several_processes(name)
+        )
+
+    def _in_several_processes(self, name: str) -> bool:
+        """Whether a strategy takes them, if the backend has any that does."""
+        several = Feature.SEVERAL_PROCESSES
+        return several in self.spec.capabilities_of(name) or several not in self.spec.capabilities
 
     def declares(self, ability: Ability) -> bool:
         """Whether this ability is declared."""

@@ -27,6 +27,8 @@ class DeviceFacts:
         indexed: Whether devices have an index (``acme:1``) or not (``cpu``).
         eager: Whether torch runs these devices operation by operation and ``torch.distributed``
             serves them, so that a strategy that was written for ``EAGER`` devices works here.
+        process_launcher: Where ``several_devices_launcher`` is ``"none"``, the launcher of those
+            strategies that want a process for each device all the same; empty if there is none.
     """
 
     device_type: str
@@ -39,6 +41,7 @@ class DeviceFacts:
     default_devices: int = 0
     indexed: bool = True
     eager: bool = False
+    process_launcher: str = ""
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 from drivetrain_interfaces.devices import parse_devices
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from drivetrain_interfaces.accelerator import Accelerator, DeviceFacts
     from drivetrain_interfaces.capabilities import Capabilities
@@ -57,6 +57,8 @@ class BackendSpec:
         priority: ``accelerator="auto"`` takes the available backend with the highest.
         parse_devices: From what the user asked and the probe to device indices; raises
             ``ConfigurationError``. Pure, so that a plan can be made without the device.
+        strategy_capabilities: What those of its strategies can do that lack an ability which the
+            backend declares for others; by name.
     """
 
     name: str
@@ -68,6 +70,12 @@ class BackendSpec:
     load: Callable[[], Backend]
     priority: int = 50
     parse_devices: Callable[[Any, Probe, str], tuple[int, ...]] = field(default=parse_devices)
+    strategy_capabilities: Mapping[str, Capabilities] = field(default_factory=dict, hash=False)
+
+    def capabilities_of(self, strategy: str) -> Capabilities:
+        """What one of its strategies can do, which is no more than the backend declares."""
+        own = self.strategy_capabilities.get(strategy)
+        return self.capabilities if own is None else self.capabilities.meet(own)
 
 
 @dataclass(frozen=True, slots=True)

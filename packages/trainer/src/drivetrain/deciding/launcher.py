@@ -41,6 +41,8 @@ def choose_launcher(draft: Draft, spec: BackendSpec, places: Places | None) -> s
         return NO_LAUNCHER
     facts = spec.facts
     name = facts.interactive_launcher if machine.interactive else facts.several_devices_launcher
+    if name == NO_LAUNCHER and places.local_size > 1:
+        name = facts.process_launcher
     where = "at a prompt or in a notebook" if machine.interactive else "for a script"
     candidates = [Candidate(one, "installed") for one in machine.inventory.launchers]
     draft.decide("launcher", name, "default", (f"{spec.name} uses it {where}",), candidates)
@@ -89,6 +91,7 @@ def _named_launcher(
         *machine.inventory.launchers,
         facts.several_devices_launcher,
         facts.interactive_launcher,
+        facts.process_launcher or NO_LAUNCHER,
         NO_LAUNCHER,
     }
     draft.decide(

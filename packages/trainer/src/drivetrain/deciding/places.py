@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from drivetrain_interfaces.capabilities import Feature
 from drivetrain_interfaces.errors import (
     ClusterError,
     ConfigurationError,
@@ -84,12 +85,29 @@ def _strategy_in_one_process(draft: Draft) -> bool:
     )
 
 
+def _wants_processes(draft: Draft, spec: BackendSpec) -> bool:
+    """Whether the strategy wants a process for each device, where others of the family do not."""
+    ask = draft.asks.strategy
+    if ask is None or not spec.facts.process_launcher:
+        return False
+    if not isinstance(ask.value, str):
+        return Feature.SEVERAL_PROCESSES in getattr(ask.value, "capabilities", ())
+    known = {
+        entry.name: entry.spec.capabilities
+        for entry in draft.machine.inventory.strategies
+        if entry.spec is not None
+    } | {name: spec.capabilities_of(name) for name in spec.strategies}
+    return Feature.SEVERAL_PROCESSES in known.get(ask.value, ())
+
+
 def choose_places(draft: Draft, spec: BackendSpec, probe: Probe, num_nodes: int) -> Places | None:
     """Devices and processes, held against what a cluster has started."""
     world = draft.machine.cluster.world
     # Some families drive all devices of a machine from one process; their facts say so.
     by_strategy = _strategy_in_one_process(draft)
-    one_process = by_strategy or spec.facts.several_devices_launcher == NO_LAUNCHER
+    one_process = by_strategy or (
+        spec.facts.several_devices_launcher == NO_LAUNCHER and not _wants_processes(draft, spec)
+    )
     devices = _devices(draft, spec, probe, None if one_process else world)
     if devices is None:
         return None

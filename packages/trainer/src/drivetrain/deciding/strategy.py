@@ -132,7 +132,7 @@ def _own_strategy(draft: Draft, spec: BackendSpec, value: Any, by: str) -> Engin
 
 def _find_strategy(draft: Draft, spec: BackendSpec, name: str, by: str) -> Engine | None:
     if name in spec.strategies:
-        return Engine(name, FromBackend(spec, name), spec.capabilities)
+        return Engine(name, FromBackend(spec, name), spec.capabilities_of(name))
     entry = next((one for one in draft.machine.inventory.strategies if one.name == name), None)
     if entry is None:
         draft.refuse(_unknown_strategy(draft, spec, name, by), "accelerator")

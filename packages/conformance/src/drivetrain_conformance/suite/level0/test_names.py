@@ -152,7 +152,12 @@ def test_the_parts_are_complete(backend: Backend, spec: BackendSpec) -> None:
         f"A2: device_type equals facts.device_type; {accelerator.device_type!r} and "
         f"{spec.facts.device_type!r}"
     )
-    for name in {spec.facts.several_devices_launcher, spec.facts.interactive_launcher}:
+    facts = spec.facts
+    for name in {
+        facts.several_devices_launcher,
+        facts.interactive_launcher,
+        getattr(facts, "process_launcher", ""),
+    }:
         launcher = backend.launcher(name)
         assert launcher is None or isinstance(launcher, Launcher), (
             f"B16: launcher({name!r}) returns None, to use the shared one, or a Launcher; it "
