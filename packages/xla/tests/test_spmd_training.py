@@ -206,10 +206,10 @@ def test_the_largest_dimension_that_can_be_divided_is():
 
 def test_devices_that_were_used_one_by_one_are_told():
     code = (
-        "from drivetrain_interfaces import UnavailableError\n"
+        "from drivetrain_interfaces import UnsupportedError\n"
         "from drivetrain_xla.runtime import open_runtime\n"
         "open_runtime()\n"
-        "try:\n    open_runtime(spmd=True)\nexcept UnavailableError as error:\n    print(error)"
+        "try:\n    open_runtime(spmd=True)\nexcept UnsupportedError as error:\n    print(error)"
     )
     env = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
     done = subprocess.run(

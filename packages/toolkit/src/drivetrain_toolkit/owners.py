@@ -10,7 +10,7 @@ import torch
 from drivetrain_toolkit.state import gather_optimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from drivetrain_interfaces import Collectives
     from torch import Tensor, nn
@@ -44,6 +44,28 @@ def gather_owned(
             if kept is not None:
                 whole[name] = kept
     return {**mine, "state": whole} if rank == 0 else {}
+
+
+def only_owned(
+    saved: Sequence[Mapping[str, Any]], module: nn.Module, owned: Iterable[Tensor]
+) -> list[dict[str, Any]]:
+    """States of optimizers without what belongs to parameters of other ranks.
+
+    Args:
+        saved: Whole states, by the names of parameters.
+        module: Where parameters have their names; a shared one has several.
+        owned: This rank's parameters.
+    """
+    mine = {id(p) for p in owned}
+    named = dict(module.named_parameters(remove_duplicate=False))
+    others = {name for name, p in named.items() if id(p) not in mine}
+    return [
+        {
+            **each,
+            "state": {name: kept for name, kept in each["state"].items() if name not in others},
+        }
+        for each in saved
+    ]
 
 
 def _sent(

@@ -10,7 +10,12 @@ from drivetrain_interfaces import UnavailableError
 
 from drivetrain_xla import FACTS, device_module
 from drivetrain_xla.probing import look
-from drivetrain_xla.runtime import is_open, load_library, open_runtime
+from drivetrain_xla.runtime import (
+    has_its_own_chip,
+    is_open,
+    load_library,
+    open_runtime,
+)
 
 if TYPE_CHECKING:
     from drivetrain_interfaces import DeviceFacts, Precision, StrategyFactory
@@ -52,9 +57,13 @@ class XlaAccelerator:
 
         So a strategy may still say how the devices are opened: one by one, or all as one.
 
+        One of several processes of a machine sees its own chip only.
+
         Raises:
             UnavailableError: There is no such device, or the runtime does not open.
         """
+        if local_size > 1 and has_its_own_chip(index, local_size):
+            index = 0
         found = look(os.environ)
         if index >= found.devices:
             why = f" ({found.reason})" if found.reason else ""

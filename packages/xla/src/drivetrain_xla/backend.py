@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from drivetrain_interfaces import UnsupportedError
 from drivetrain_interfaces.errors import listed
-from drivetrain_toolkit.collectives import LocalCollectives
+from drivetrain_toolkit.collectives import LocalCollectives, TorchCollectives
 from drivetrain_toolkit.precision import make_precision
 
-from drivetrain_xla import FACTS, PRECISIONS
+from drivetrain_xla import CAPABILITIES, FACTS, PRECISIONS
 from drivetrain_xla.accelerator import XlaAccelerator
 from drivetrain_xla.runtime import load_library
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
         StrategyContext,
         World,
     )
-
-_NAMES = ("fsdp", "single_device", "spmd")
 
 
 class XlaBackend:
@@ -45,31 +44,38 @@ class XlaBackend:
         return make_precision(name, FACTS.autocast_type)
 
     def collectives(self, world: World) -> Collectives:
-        """The identity: there is one process. Raises ``UnsupportedError`` for several."""
-        if world.size > 1:
-            raise UnsupportedError(
-                f"The 'xla' backend was asked to connect a world of {world.size} processes.",
-                "Start one process, which drives all devices of a machine.",
-            )
-        return LocalCollectives()
+        """Communication from host to host, which tensors of devices reach by way of the host.
+
+        Given a tensor of an XLA device, gloo leaves it as it is and reports no error (torch 2.9).
+        """
+        if world.size == 1:
+            return LocalCollectives()
+        return TorchCollectives(world, FACTS.collective_backend, device=torch.device("cpu"))
 
     def strategy(self, name: str, context: StrategyContext) -> Strategy:
         """The strategy of that name. Raises ``UnsupportedError`` for one that is not declared."""
-        if name not in _NAMES:
+        if name not in CAPABILITIES:
             raise UnsupportedError(
                 f"The 'xla' backend was asked for strategy {name!r}, which it does not declare.",
-                f"Use one of: {listed(_NAMES)}.",
+                f"Use one of: {listed(CAPABILITIES)}.",
             )
         load_library()
+        from drivetrain_xla.replicas import ReplicaStrategy
         from drivetrain_xla.spmd import SpmdShardedStrategy, SpmdStrategy
         from drivetrain_xla.strategies import XlaStrategy
+        from drivetrain_xla.zero1 import Zero1ReplicaStrategy
 
-        kinds = (XlaStrategy, SpmdStrategy, SpmdShardedStrategy)
+        kinds: tuple[type[XlaStrategy], ...] = (
+            *(XlaStrategy, SpmdStrategy, SpmdShardedStrategy),
+            *(ReplicaStrategy, Zero1ReplicaStrategy),
+        )
         return next(kind for kind in kinds if kind.name == name)()(context)
 
     def launcher(self, name: str) -> Launcher | None:
-        """None for every name: no processes are started."""
-        return None
+        """``torch_xla``, which starts a process for each chip; None for other names."""
+        from drivetrain_xla.launcher import XlaLauncher
+
+        return XlaLauncher() if name == XlaLauncher.name else None
 
     def checkpoint_io(self) -> CheckpointIO:
         """Checkpoints as directories, written from the host."""

@@ -7,11 +7,18 @@ crashes. So nothing is opened before it is known what a strategy wants.
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
-from drivetrain_interfaces import UnavailableError
+from drivetrain_interfaces import UnavailableError, UnsupportedError
 
 from drivetrain_xla import device_module
+
+if TYPE_CHECKING:
+    from drivetrain_interfaces import World
+
+#: Set by torch_xla in a process that it has given a chip of its own.
+_TOLD = "PJRT_LOCAL_PROCESS_COUNT"
 
 _opened: list[str] = []
 
@@ -36,6 +43,40 @@ def load_library() -> None:
     device_module.register()
 
 
+def has_its_own_chip(local_rank: int, local_size: int) -> bool:
+    """Make sure that one of several processes of a machine takes its own chip, and no other.
+
+    Returns:
+        Whether it sees no other devices. On the CPU runtime every process has all devices.
+
+    Raises:
+        UnavailableError: It cannot be found out how the chips of the machine are connected.
+    """
+    if os.environ.get("PJRT_DEVICE") == "CPU":
+        return False
+    if _TOLD not in os.environ:  # torch_xla.launch has done it
+        load_library()
+        from torch_xla._internal import pjrt  # noqa: PLC2701 - as xla:// does it
+
+        try:
+            pjrt.initialize_multiprocess(local_rank, local_size)
+        except Exception as error:
+            raise UnavailableError(
+                f"Process {local_rank} of {local_size} on this machine could not take its own "
+                f"TPU chip ({type(error).__name__}: {error}).",
+                "Look whether this is a TPU machine, or let one process drive all devices.",
+            ) from error
+    return True
+
+
+def spans(world: World) -> bool:
+    """Whether XLA's own collectives reach all ranks of a world. Opens the runtime."""
+    open_runtime()
+    import torch_xla.runtime as xr
+
+    return not xr.is_spmd() and int(xr.world_size()) == world.size
+
+
 def open_runtime(*, spmd: bool = False) -> None:
     """Open the runtime, and make sure that gradients can be had on it.
 
@@ -46,8 +87,8 @@ def open_runtime(*, spmd: bool = False) -> None:
         spmd: Take all devices as one. Where they are one already, nothing has to be done.
 
     Raises:
-        UnavailableError: There is no device, this process has opened them in the other way, or it
-            has computed gradients already.
+        UnavailableError: There is no device, or this process has computed gradients already.
+        UnsupportedError: This process has opened the devices in the other way.
     """
     if _opened and not spmd:
         return
@@ -67,7 +108,7 @@ def _take_all_as_one() -> None:
     if xr.is_spmd():
         return
     if torch_xla._XLAC._xla_get_spmd_config_is_locked():  # noqa: SLF001 - nothing else tells
-        raise UnavailableError(
+        raise UnsupportedError(
             "All XLA devices were to be trained on as one (SPMD) in a process that has used them "
             "one by one before, which torch_xla cannot change.",
             "Do it in another process, or call drivetrain_xla.runtime.open_runtime(spmd=True) "

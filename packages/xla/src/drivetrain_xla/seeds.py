@@ -10,7 +10,7 @@ from drivetrain_toolkit.seeds import PrecisionPlugin, SingleDevicePlugin
 
 from drivetrain_xla import FACTS
 from drivetrain_xla.checkpoint import XlaCheckpointIO
-from drivetrain_xla.spmd import SpmdStrategy
+from drivetrain_xla.replicas import ReplicaStrategy
 from drivetrain_xla.strategies import XlaStrategy
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ class SingleTPUPlugin(XlaStrategy, SingleDevicePlugin):
         XlaStrategy.__init__(self, **options)
 
 
-class TPUSpawnPlugin(SpmdStrategy):
-    """All devices of a machine. No process is spawned any more: one drives all of them.
+class TPUSpawnPlugin(ReplicaStrategy):
+    """A process for each device, started by ``torch_xla.launch``, or by whoever starts them.
 
     Args:
         parallel_devices: The devices of this machine; None takes all.
         cluster_environment: Where a process's place is read from; None detects it.
         checkpoint_io: How checkpoints are written; None leaves the choice to the trainer.
-        options: Options of ``SpmdStrategy``.
+        options: Options of ``ReplicaStrategy``.
     """
 
     def __init__(

@@ -39,6 +39,8 @@ _REASONS = {
 class XlaTrainStep:
     """Trains on one window: traced like any eager step, then handed to the device as one graph.
 
+    What else ``make_train_step`` takes, for several ranks, is passed on to it.
+
     Args:
         spec: What to train, and how.
         precision: The numeric format.
@@ -51,9 +53,11 @@ class XlaTrainStep:
 
     __slots__ = ("_drawn", "_loss", "_run", "watch")
 
-    def __init__(self, spec: StepSpec, precision: Precision, *, max_graphs: int = 0) -> None:
+    def __init__(
+        self, spec: StepSpec, precision: Precision, *, max_graphs: int = 0, **ranks: Any
+    ) -> None:
         self._loss = partial(spec.loss, spec.module)
-        inner = make_train_step(spec, precision, forward=self._forward)
+        inner = make_train_step(spec, precision, forward=self._forward, **ranks)
         self._run = (
             _as_one_graph(inner, spec, precision, max_graphs) if max_graphs else _then_sync(inner)
         )
@@ -150,7 +154,9 @@ class XlaManualStep(EagerManualStep):
         super().__init__(spec, precision, collectives=collectives)
 
     def update(self, optimizer: Optimizer, clip: Clip | None = None) -> StepResult:
-        """As ``EagerManualStep.update``, computed at once."""
+        """As ``EagerManualStep.update``, computed at once; gradients first where ranks meet."""
+        if self._collectives is not None:
+            torch_xla.sync()
         result = super().update(optimizer, clip)
         torch_xla.sync()
         return result

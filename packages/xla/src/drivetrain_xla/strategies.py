@@ -70,19 +70,21 @@ class XlaStrategy(SingleDeviceStrategy):
         """Convert, move, and seed the device's generator from the host's, which is left as it is.
 
         ``torch.manual_seed`` does not reach XLA devices. So the same seed before ``prepare`` gives
-        the same dropout.
+        the same dropout, other numbers on each rank.
 
         Raises:
             UnsupportedError: Synchronized batch normalization was asked for.
         """
         module = super().prepare(module)
-        device_module.manual_seed(zlib.crc32(bytes(torch.get_rng_state().tolist())))
+        rank = self.context.world.rank
+        origin = bytes(torch.get_rng_state().tolist()) + rank.to_bytes(4, "little")
+        device_module.manual_seed(zlib.crc32(origin))
         torch_xla.sync()
         return module
 
     def train_step(self, spec: StepSpec) -> TrainStep:
         """Build the train step. Raises ``UnsupportedError`` for a fused optimizer."""
-        _refuse_fused(spec.optimizers)
+        refuse_fused(spec.optimizers)
         self._optimizers = tuple(spec.optimizers)
         options = self._options
         return XlaTrainStep(
@@ -103,7 +105,7 @@ class XlaStrategy(SingleDeviceStrategy):
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
         """Build the manual step. Raises ``UnsupportedError`` for a fused optimizer."""
-        _refuse_fused(spec.optimizers)
+        refuse_fused(spec.optimizers)
         self._optimizers = tuple(spec.optimizers)
         return XlaManualStep(spec, self.context.precision)
 
@@ -139,7 +141,8 @@ class XlaStrategy(SingleDeviceStrategy):
         )
 
 
-def _refuse_fused(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def refuse_fused(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Raise ``UnsupportedError`` if an optimizer wants a kernel that XLA has not."""
     for optimizer in optimizers:
         if any(group.get("fused") for group in optimizer.param_groups):
             raise UnsupportedError(

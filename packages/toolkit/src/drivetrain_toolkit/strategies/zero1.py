@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
 
-from drivetrain_toolkit.owners import gather_owned
+from drivetrain_toolkit.owners import gather_owned, only_owned
 from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.state import gather_module, restore_module
 from drivetrain_toolkit.state import restore_optimizers as restore_all
@@ -99,25 +99,8 @@ class Zero1Strategy(DDPStrategy):
             return
         module = self._prepared()
         restore_module(module, state.module, strict=strict)
-        names = {id(p): name for name, p in module.named_parameters()}
-        everything = set(dict(module.named_parameters(remove_duplicate=False)))
-        mine = {names.get(id(p), "") for each in self._divided for p in each.owned()}
-        aliases = {
-            name
-            for name, p in module.named_parameters(remove_duplicate=False)
-            if names[id(p)] in mine
-        }
-        some = [
-            {
-                **saved,
-                "state": {
-                    name: value
-                    for name, value in saved["state"].items()
-                    if name in aliases or name not in everything
-                },
-            }
-            for saved in state.optimizers
-        ]
+        owned = [p for each in self._divided for p in each.owned()]
+        some = only_owned(state.optimizers, module, owned)
         restore_all(self._optimizers, module, some, strict=strict)
         for each in self._divided:
             each.follow()
