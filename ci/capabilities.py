@@ -76,7 +76,7 @@ def page(kept: list[dict[str, Any]]) -> str:
     )
     lines.append("|---" * 11 + "|")
     for one in kept:
-        owner = (one["strategy"] or one["backend"])["owner"]
+        owner = (one["strategy"] or {}).get("owner") or one["backend"]["owner"]
         counts = (str(one["counts"][name]) for name in COUNTED)
         facts = (one["verdict"], f"0 to {one['level']}", one["contract"], *counts)
         cells = (title(one), owner, *facts, one["torch"], one["date"])

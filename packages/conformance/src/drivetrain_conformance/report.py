@@ -94,7 +94,10 @@ def _strategy(target: Target) -> dict[str, Any] | None:
     if target.strategy_name is None:
         return None
     if target.strategy is None or target.strategy_spec is None:
-        return {"name": target.strategy_name}
+        return {
+            "name": target.strategy_name,
+            "capabilities": _capabilities(target.capabilities),
+        }
     return {
         "name": target.strategy_name,
         **_origin(target.strategy),
