@@ -67,6 +67,14 @@ def test_a_strategy_has_a_column_of_its_own(root: Path) -> None:
     assert "| closure | yes | no |" in text
 
 
+def test_a_strategy_of_the_backend_has_its_owner(root: Path) -> None:
+    own = {"name": "one", "capabilities": {"features": [], "precisions": [], "hooks": []}}
+    capabilities.add(root, [wrote(root / "other.json", report(strategy=own))])
+    text = capabilities.page(capabilities.kept(root))
+    assert "| npu + one | drivetrain-npu 1.2 |" in text
+    assert "| closure | yes | no |" in text
+
+
 @pytest.mark.parametrize(
     "change", [{"verdict": "failed"}, {"level": 0}, {"strategy": {"name": "x"}}]
 )

@@ -139,7 +139,8 @@ def test_a_report_of_one_of_the_backends_strategies_is_too(run):
     run.target = Target(run.target.backend, None, "single_device")
     report = build_report(run)
     check(report)
-    assert report["strategy"] == {"name": "single_device"}
+    assert report["strategy"]["name"] == "single_device"
+    assert report["strategy"]["capabilities"] == report["backend"]["capabilities"]
 
 
 @pytest.mark.parametrize(
