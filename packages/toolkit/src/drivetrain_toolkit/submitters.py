@@ -44,6 +44,11 @@ def _check(job: JobRequest) -> None:
         )
 
 
+def _given(*options: tuple[str, Any]) -> list[str]:
+    """The options that have a value: ``("--mem={}", "4G")`` is ``--mem=4G``."""
+    return [option.format(value) for option, value in options if value]
+
+
 def _script(head: Iterable[str], setup: Iterable[str], last: str) -> str:
     lines = ["#!/bin/bash", *head, "", "set -euo pipefail", *setup, last]
     return "\n".join(lines) + "\n"
@@ -62,18 +67,17 @@ class SlurmSubmitter:
             ConfigurationError: A number or time that makes no job.
         """
         _check(job)
-        head = [
-            f"--job-name={job.name}",
-            f"--nodes={job.nodes}",
-            f"--ntasks-per-node={job.processes}",
-            *([f"--cpus-per-task={job.cpus}"] if job.cpus else []),
-            *([f"--gpus-per-node={job.devices}"] if job.devices else []),
-            *([f"--mem={job.memory}"] if job.memory else []),
-            *([f"--time={job.time}"] if job.time else []),
-            f"--output={job.name}-%j.out",
-            "--open-mode=append",
-            *job.options,
-        ]
+        head = _given(
+            ("--job-name={}", job.name),
+            ("--nodes={}", job.nodes),
+            ("--ntasks-per-node={}", job.processes),
+            ("--cpus-per-task={}", job.cpus),
+            ("--gpus-per-node={}", job.devices),
+            ("--mem={}", job.memory),
+            ("--time={}", job.time),
+            ("--output={}-%j.out", job.name),
+        )
+        head += ["--open-mode=append", *job.options]
         # srun takes over all of these but the cores of a task.
         cpus = f" --cpus-per-task={job.cpus}" if job.cpus else ""
         last = f"srun --kill-on-bad-exit=1{cpus} {shlex.join(job.command)}"
@@ -100,14 +104,14 @@ class LSFSubmitter:
             ConfigurationError: A number or time that makes no job.
         """
         _check(job)
-        head = [
-            f"-J {job.name}",
-            f"-nnodes {job.nodes}",
-            *([f"-W {_hours_and_minutes(job.time)}"] if job.time else []),
-            *([f"-M {job.memory}"] if job.memory else []),
-            f"-o {job.name}-%J.out",
-            *job.options,
-        ]
+        head = _given(
+            ("-J {}", job.name),
+            ("-nnodes {}", job.nodes),
+            ("-W {}", _hours_and_minutes(job.time) if job.time else ""),
+            ("-M {}", job.memory),
+            ("-o {}-%J.out", job.name),
+        )
+        head += job.options
         cpus = f" -c {job.cpus * job.processes}" if job.cpus else " -c ALL_CPUS"
         devices = f" -g {job.devices}" if job.devices else ""
         last = (

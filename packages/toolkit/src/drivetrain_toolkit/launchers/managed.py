@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from drivetrain_interfaces.errors import ClusterError, NotFoundError, ProcessFailedError
+from drivetrain_interfaces.errors import NotFoundError, ProcessFailedError
 from drivetrain_interfaces.launcher import LaunchPlan
 
 from drivetrain_toolkit.failures import RunDirectory, process_failed
 from drivetrain_toolkit.launchers.fresh import TASK, WORKER, Pump
-from drivetrain_toolkit.launchers.pickles import need_cloudpickle, pickled_by_value, unpickled
-from drivetrain_toolkit.launchers.plans import describe, refuse_inside_a_rank
+from drivetrain_toolkit.launchers.pickles import pickled_by_value, unpickled
+from drivetrain_toolkit.launchers.sending import SendingLauncher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ RESULT: Final = "result.pickle"
 _SPECIAL_STEPS: Final = 0xFFFF_FF00
 
 
-class ManagedLauncher:
+class ManagedLauncher(SendingLauncher):
     """What launchers share that hand their ranks to a program which starts and watches them.
 
     Args:
@@ -49,7 +49,6 @@ class ManagedLauncher:
             working directory for several machines, and the place for temporary files for one.
     """
 
-    name = ""
     program = ""
     #: What each process is sent when this one is told to stop, by the signal that said so.
     passed_on: tuple[tuple[int, int], ...] = (
@@ -63,16 +62,6 @@ class ManagedLauncher:
         self._size = 1
         self._several_machines = False
 
-    @property
-    def interactive(self) -> bool:
-        """True: the function is sent, and no script is run again."""
-        return True
-
-    @property
-    def in_place(self) -> bool:
-        """False: rank 0 runs where the manager puts it; objects here keep their state."""
-        return False
-
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """The command. It lists no worlds: the manager decides who runs where.
 
@@ -80,13 +69,7 @@ class ManagedLauncher:
             ClusterError: The request cannot be met, or this process is a rank already.
             NotFoundError: The manager's program, or cloudpickle, is not installed.
         """
-        if request.local_size < 1 or request.num_nodes < 1:
-            raise ClusterError(
-                f"The {self.name!r} launcher was asked for {describe(request)}.",
-                "Ask for at least one process and one machine.",
-            )
-        refuse_inside_a_rank(self.name)
-        need_cloudpickle(self.name)
+        self._check(request)
         if shutil.which(self.program) is None:
             raise NotFoundError(
                 f"The {self.name!r} launcher was asked for, and there is no program "

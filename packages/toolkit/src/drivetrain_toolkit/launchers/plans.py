@@ -26,9 +26,7 @@ def check_request(request: LaunchRequest, launcher: str) -> None:
     Raises:
         ClusterError: Numbers are out of range, or several machines lack an address and a port.
     """
-    asked = f"The {launcher!r} launcher was asked for {describe(request)}"
-    if request.local_size < 1 or request.num_nodes < 1:
-        raise ClusterError(f"{asked}.", "Ask for at least one process and one machine.")
+    asked = check_numbers(request, launcher)
     if not 0 <= request.node_rank < request.num_nodes:
         raise ClusterError(
             f"{asked} as machine number {request.node_rank}.",
@@ -40,6 +38,18 @@ def check_request(request: LaunchRequest, launcher: str) -> None:
             "Set MASTER_ADDR and MASTER_PORT to a host and a free port of machine 0, and NODE_RANK "
             "to the number of each machine, or start the script with torchrun.",
         )
+
+
+def check_numbers(request: LaunchRequest, launcher: str) -> str:
+    """What was asked for, as the beginning of a sentence.
+
+    Raises:
+        ClusterError: It is no process, or no machine.
+    """
+    asked = f"The {launcher!r} launcher was asked for {describe(request)}"
+    if request.local_size < 1 or request.num_nodes < 1:
+        raise ClusterError(f"{asked}.", "Ask for at least one process and one machine.")
+    return asked
 
 
 def describe(request: LaunchRequest) -> str:

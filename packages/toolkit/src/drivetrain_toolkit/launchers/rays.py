@@ -11,13 +11,9 @@ from drivetrain_interfaces.cluster import World
 from drivetrain_interfaces.errors import ClusterError, NotFoundError, ProcessFailedError
 from drivetrain_interfaces.launcher import LaunchPlan
 
-from drivetrain_toolkit.launchers.pickles import (
-    need_cloudpickle,
-    pickled_by_value,
-    pickled_result,
-    unpickled,
-)
-from drivetrain_toolkit.launchers.plans import describe, place, refuse_inside_a_rank
+from drivetrain_toolkit.launchers.pickles import pickled_by_value, pickled_result, unpickled
+from drivetrain_toolkit.launchers.plans import place
+from drivetrain_toolkit.launchers.sending import SendingLauncher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,7 +21,7 @@ if TYPE_CHECKING:
     from drivetrain_interfaces.launcher import LaunchRequest
 
 
-class RayLauncher:
+class RayLauncher(SendingLauncher):
     """Runs each rank as an actor of Ray, with the resources that it needs.
 
     The cluster is one that runs already. Each machine of the run is one bundle of a placement
@@ -52,16 +48,6 @@ class RayLauncher:
         self.timeout = timeout
         self._nodes = self._local_size = 1
 
-    @property
-    def interactive(self) -> bool:
-        """True: the function is sent, and no script is run again."""
-        return True
-
-    @property
-    def in_place(self) -> bool:
-        """False: rank 0 is an actor, so objects here keep the state they have."""
-        return False
-
     def plan(self, request: LaunchRequest) -> LaunchPlan:
         """What is asked of Ray. It lists no worlds: Ray decides who runs where.
 
@@ -69,13 +55,7 @@ class RayLauncher:
             ClusterError: The request cannot be met, or this process is a rank already.
             NotFoundError: Ray or cloudpickle is not installed.
         """
-        if request.local_size < 1 or request.num_nodes < 1:
-            raise ClusterError(
-                f"The {self.name!r} launcher was asked for {describe(request)}.",
-                "Ask for at least one process and one machine.",
-            )
-        refuse_inside_a_rank(self.name)
-        need_cloudpickle(self.name)
+        self._check(request)
         _ray()
         self._nodes, self._local_size = request.num_nodes, request.local_size
         return LaunchPlan(self.name, ())
