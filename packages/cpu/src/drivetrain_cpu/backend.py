@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from drivetrain_interfaces import UnsupportedError
 from drivetrain_interfaces.errors import listed
-from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from drivetrain_toolkit.collectives import LocalCollectives, TorchCollectives
 from drivetrain_toolkit.precision import make_precision
 from drivetrain_toolkit.specs import PRECISIONS
@@ -72,4 +71,7 @@ class CpuBackend:
 
     def checkpoint_io(self) -> CheckpointIO:
         """Checkpoints as directories, written by rank 0."""
+        # Loaded when all processes have been started, as they wait for this module.
+        from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
+
         return DirectoryCheckpointIO()

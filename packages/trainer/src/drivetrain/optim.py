@@ -18,6 +18,11 @@ _OPTIMIZER_KEYS = {"optimizer", "lr_scheduler"}
 _KEYS = {"scheduler", "interval", "frequency", "monitor", "name", "strict"}
 
 
+def load_optimizers() -> None:
+    """Have torch load what it loads with the first optimizer of a process: about a second."""
+    torch.optim.SGD([torch.zeros(1)], lr=0.1)
+
+
 @dataclass(slots=True)
 class Scheduled:
     """A learning rate scheduler, and when it steps.

@@ -113,13 +113,21 @@ class Runtime:
         return {**self.__dict__, "_stack": None, "_manual": None}  # rebuilt in each process
 
     # Processes
-    def launch(self, main: Callable[..., Any], *args: Any) -> Any:
+    def launch(
+        self, main: Callable[..., Any], *args: Any, ahead: Callable[[], Any] | None = None
+    ) -> Any:
         """Run ``main(runtime, *args)`` in every process of the plan.
+
+        Args:
+            main: What each process runs, once all of them have met.
+            args: More of its arguments.
+            ahead: What each of several processes does before they meet, such as slow imports: the
+                first does it while the others start.
 
         Returns:
             The result in this process, or rank 0's where this process only supervises.
         """
-        job = _Job(self, main, args)
+        job = _Job(self, main, args, ahead)
         if self.plan.launcher == "none":
             return job(World())
         if self.plan.launcher == "attach" and self.parts.environment is not None:
@@ -330,11 +338,14 @@ class _Job:
     runtime: Runtime
     main: Callable[..., Any]
     args: tuple[Any, ...]
+    ahead: Callable[[], Any] | None = None
     rng: dict[str, Any] | None = None
 
     def __call__(self, world: World) -> Any:
         if self.rng is not None:
             set_host_rng_state(self.rng)
+        if self.ahead is not None and world.size > 1:
+            self.ahead()
         self.runtime.open(world)
         return self.main(self.runtime, *self.args)
 

@@ -20,6 +20,7 @@ from drivetrain.datamodule import DataModule
 from drivetrain.defaults import default_callbacks, default_loggers
 from drivetrain.hooks import Hooks
 from drivetrain.module import Module
+from drivetrain.optim import load_optimizers
 from drivetrain.plan import Want
 from drivetrain.resolve import check_wants
 from drivetrain.running import Fitted, Job, Outcome, work
@@ -497,7 +498,8 @@ class Trainer:
         self.runs += 1
         path = self._checkpoint_path(ckpt_path)
         job = Job(stage, module, datamodule, loaders, path)
-        outcome: Outcome = self.runtime.launch(work, self, job)
+        ahead = load_optimizers if stage == "fit" else None
+        outcome: Outcome = self.runtime.launch(work, self, job, ahead=ahead)
         if not self.runtime.in_place:
             outcome.apply(self, module)
         return outcome
