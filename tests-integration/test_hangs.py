@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,23 +85,84 @@ def test_under_torchrun_the_other_ranks_say_who_failed_first(start: Starter) -> 
     assert _both_tore_down(start.folder)
 
 
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """A control group that may have 256 MB."""
+    made = None
+    for folder, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        group = Path("/sys/fs/cgroup", folder, f"drivetrain-test-{os.getpid()}")
+        with suppress(OSError):
+            group.mkdir()
+            made = group
+            if (group / limit).exists() and (group / "cgroup.procs").exists():
+                (group / limit).write_text(str(1 << 28))
+                break
+            group.rmdir()
+            made = None
+    if made is None:
+        pytest.skip("no control group with a limit of memory can be made here")
+    yield made
+    deadline = time.monotonic() + 10
+    while made.exists():  # until the kernel has buried its last process
+        with suppress(OSError):
+            made.rmdir()
+        assert time.monotonic() < deadline
+
+
+def test_a_rank_that_the_kernel_kills_for_its_memory_is_named(
+    start: Starter, memory_group: Path
+) -> None:
+    """By a real control group, as in a container."""
+    env = {"TEST_MEMORY_GROUP": str(memory_group)}
+    running = _harm(start, "group-memory", 1, "script", env=env)
+    running.wait_for("here")
+    since = time.monotonic()
+    assert running.finish(within=PROMISED + 5) == 1
+    assert running.left_behind(within=PROMISED + 5 - (time.monotonic() - since)) == []
+    assert "rank 1 " in running.errors
+    assert "was ended by SIGKILL" in running.errors
+    assert "the kernel does so when memory is out" in running.errors
+    last = (start.folder / "events-0.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last)["event"] == "teardown"
+
+
 def _shared_memory() -> set[str]:
     return {path.name for path in Path("/dev/shm").iterdir()}
 
 
-@pytest.mark.parametrize(("what", "rank"), [("kill", 1), ("raise", 0)])
+_slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("what", "rank"),
+    [
+        ("kill", 1),
+        ("raise", 0),
+        pytest.param("raise", 1, marks=_slow),
+        pytest.param("kill", 0, marks=_slow),
+        pytest.param("exit", 1, marks=_slow),
+        pytest.param("memory", 1, marks=_slow),
+        pytest.param("hang", 0, marks=_slow),
+        pytest.param("hang", 1, marks=_slow),
+    ],
+)
 def test_nothing_is_left_of_a_run_that_failed(start: Starter, what: str, rank: int) -> None:
-    """No process, and so no port; no shared memory, and no temporary file."""
+    """No process, no port, no shared memory, and no temporary file."""
     temporary = start.folder / "temporary"
     temporary.mkdir()
     before = _shared_memory()
     running = _harm(
         start, what, rank, "script", env={"TMPDIR": str(temporary)}, data={"workers": 1}
     )
+    ((_, port),) = running.wait_for("port")
     running.wait_for("here")
     since = time.monotonic()
+    noticed = 4.0 if what == "hang" else 0.0
     assert running.finish(within=30) != 0
-    assert running.left_behind(within=PROMISED + 5 - (time.monotonic() - since)) == []
+    left = noticed + PROMISED + 5 - (time.monotonic() - since)
+    assert running.left_behind(within=left) == []
+    with socket.socket() as knocking:
+        assert knocking.connect_ex(("127.0.0.1", int(port))) == errno.ECONNREFUSED
     assert [path for path in temporary.iterdir() if path.name.startswith("drivetrain")] == []
     assert {name for name in _shared_memory() - before if "torch" in name} == set()
 

@@ -172,6 +172,27 @@ def test_a_requeued_job_is_saved_and_torn_down_before_the_scheduler_is_asked(
     assert "epoch=0-step=6.ckpt" in _saved(tmp_path)
 
 
+def test_a_job_of_lsf_is_requeued_by_the_command_of_lsf(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a program of that name which writes down its arguments: there is no LSF here."""
+    program = tmp_path / "bin" / "brequeue"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked.txt\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LSB_JOBID", "812")
+    monkeypatch.setenv("LSB_JOBINDEX", "3")
+    raises = Raises("on_train_batch_end", signal.SIGUSR2, after=5)
+    trainer = _trainer(tmp_path, raises, signals={"SIGUSR2": "requeue"})
+    with pytest.raises(Interrupted) as caught:
+        trainer.fit(Regression("sgd"), loader())
+    assert caught.value.code == 128 + signal.SIGUSR2
+    assert (tmp_path / "asked.txt").read_text() == "812[3]\n"
+    assert raises.said == ["teardown"]
+    assert "epoch=0-step=6.ckpt" in _saved(tmp_path)
+
+
 def _endless(folder: Path, launcher: str, signals: Any) -> str:
     settings = {"max_epochs": 1_000_000, "devices": 2, "launcher": launcher, "signals": signals}
     asked = {

@@ -99,14 +99,22 @@ class Hosts:
     Args:
         run: A folder for the file of host names.
         names: The hosts; the first gets the last address, the others count from 1.
+        six: Addresses and names of IPv6, and no others.
+        apart: Each host's own name leads to a second interface, which reaches nobody.
     """
 
-    def __init__(self, run: Path, *names: str) -> None:
+    def __init__(self, run: Path, *names: str, six: bool = False, apart: bool = False) -> None:
         self.names = names
-        self._spaces = {name: f"dt{os.getpid()}-{name}" for name in names}
-        self.addresses = {name: f"10.77.9.{number or 254}" for number, name in enumerate(names)}
+        mark = f"dt{os.getpid()}{'six' * six}{'apart' * apart}"
+        self._spaces = {name: f"{mark}-{name}" for name in names}
+        network, self._bits = ("fd77::", 64) if six else ("10.77.9.", 24)
+        self.addresses = {name: f"{network}{number or 254}" for number, name in enumerate(names)}
+        self._second = (
+            {name: f"10.88.{number}.1" for number, name in enumerate(names)} if apart else {}
+        )
         self._file = run / "hosts"
-        lines = [f"{address} {name}" for name, address in self.addresses.items()]
+        named = self._second or self.addresses
+        lines = [f"{address} {name}" for name, address in named.items()]
         self._file.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         try:
             self._make()
@@ -121,15 +129,27 @@ class Hosts:
             _ip("netns", "add", space)
             _ip("-n", space, "link", "set", "lo", "up")
         _ip("-n", bridge, "link", "add", "br0", "type", "bridge")
-        _ip("-n", bridge, "addr", "add", f"{self.addresses[first]}/24", "dev", "br0")
+        self._address(first, "br0")
         _ip("-n", bridge, "link", "set", "br0", "up")
         for name in others:
             space, port = self._spaces[name], f"v{name}"
             _ip("link", "add", "eth0", "netns", space, "type", "veth", "peer", "name", port,
                 "netns", bridge)  # fmt: skip
-            _ip("-n", space, "addr", "add", f"{self.addresses[name]}/24", "dev", "eth0")
+            self._address(name, "eth0")
             _ip("-n", space, "link", "set", "eth0", "up")
             _ip("-n", bridge, "link", "set", port, "master", "br0", "up")
+        for name, address in self._second.items():
+            space = self._spaces[name]
+            _ip("-n", space, "link", "add", "own0", "type", "veth", "peer", "name", "own1")
+            _ip("-n", space, "addr", "add", f"{address}/24", "dev", "own0")
+            for each in ("own0", "own1"):
+                _ip("-n", space, "link", "set", each, "up")
+
+    def _address(self, name: str, device: str) -> None:
+        address = f"{self.addresses[name]}/{self._bits}"
+        # Addresses of IPv6 are usable only after a while, unless nobody asks who else has them.
+        once = ["nodad"] if ":" in address else []
+        _ip("-n", self._spaces[name], "addr", "add", address, "dev", device, *once)
 
     def on(self, host: str, *words: str) -> list[str]:
         """The command that runs ``words`` on a host, as the process that is started."""
@@ -167,6 +187,21 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     hosts = Hosts(tmp_path_factory.mktemp("hosts"), "hosta", "hostb")
     yield hosts
     hosts.close()
+
+
+@pytest.fixture(scope="module")
+def hosts_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """``hosts_of(six=True)`` or ``hosts_of(apart=True)``: other pairs of hosts."""
+    need_hosts()
+    made: list[Hosts] = []
+
+    def make(**kind: bool) -> Hosts:
+        made.append(Hosts(tmp_path_factory.mktemp("hosts"), "hosta", "hostb", **kind))
+        return made[-1]
+
+    yield make
+    for hosts in made:
+        hosts.close()
 
 
 class Slurm:
@@ -223,6 +258,18 @@ class Slurm:
         """Run a command on the controller's host."""
         given = {**self.env, **(env or {})}
         return command(self._hosts.on("ctl", *words), self.folder, given, good=good)
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        """Start a command on the controller's host; the process is the command itself."""
+        return subprocess.Popen(
+            self._hosts.on("ctl", *words),
+            cwd=self.folder,
+            env={**clean(), "PYTHONPATH": str(SCRIPTS), **self.env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def batch(self, *words: str) -> str:
         """Queue a job and wait until it has run well; its number."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -171,3 +172,32 @@ def test_a_job_that_is_cancelled_saves_and_tears_down(slurm, until):
     until(lambda: slurm.states(job) == ["CANCELLED"], "the job to be cancelled", 60)
     assert (folder / "ends.txt").read_text().strip() != "None"
     assert list((folder / "kept").iterdir()), "it has saved"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_srun_is_one_for_its_tasks(slurm, until, number):
+    folder = slurm.folder / f"srun-{number.name}"
+    folder.mkdir()
+    train = (sys.executable, str(HERE / "requeued.py"), str(folder), "save")
+    step = slurm.start("srun", "-N2", "--ntasks-per-node=1", "--mem-per-cpu=0", *train)
+    try:
+        until(lambda: len(_losses(folder)) >= 2, "two steps", 250)
+        step.send_signal(number)
+        said, _ = step.communicate(timeout=100)
+    finally:
+        step.kill()
+        step.wait()
+    assert step.returncode == 128 + number, said
+    assert (folder / "ends.txt").read_text().strip() != "None"
+    assert list((folder / "kept").iterdir()), "it has saved"
+
+
+@pytest.mark.slow
+def test_tasks_of_submitit_are_ranks(slurm, values, alone):
+    pytest.importorskip("submitit", reason="submitit is not installed: nox -s engines")
+    said = slurm(sys.executable, str(HERE / "submitted.py"), str(slurm.folder / "submitit"))
+    (found,) = values(said.stdout)
+    assert (found["size"], found["environment"]) == (4, "slurm")
+    for ours, theirs in zip(found["weights"], alone, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs))

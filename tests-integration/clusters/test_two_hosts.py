@@ -90,6 +90,39 @@ def test_the_pods_of_a_trainjob_start_their_processes_and_train_as_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("address", ["hosta", "[fd77::254]"])
+def test_hosts_that_have_addresses_of_ipv6_only_train_as_one_process_does(
+    hosts_of, tmp_path, values, alone, clean_variables, address
+):
+    settings = json.dumps({"devices": 1, "num_nodes": 2})
+
+    def words(number, host):
+        place = (f"NODE_RANK={number}", f"MASTER_ADDR={address}", "MASTER_PORT=29500")
+        return ("env", *place, sys.executable, EQUAL, settings)
+
+    (found,) = values(_both(hosts_of(six=True), tmp_path, words, clean_variables))
+    assert found["size"] == 2
+    _same(found, alone)
+
+
+@pytest.mark.slow
+def test_where_a_hosts_name_leads_to_the_wrong_interface_the_right_one_can_be_named(
+    hosts_of, tmp_path, values, alone, clean_variables
+):
+    hosts = hosts_of(apart=True)
+    settings = json.dumps({"devices": 1, "num_nodes": 2})
+
+    def words(number, host):
+        place = (f"NODE_RANK={number}", f"MASTER_ADDR={hosts.addresses['hosta']}")
+        meet = ("MASTER_PORT=29500", f"GLOO_SOCKET_IFNAME={('br0', 'eth0')[number]}")
+        return ("env", *place, *meet, sys.executable, EQUAL, settings)
+
+    (found,) = values(_both(hosts, tmp_path, words, clean_variables))
+    assert found["size"] == 2
+    _same(found, alone)
+
+
+@pytest.mark.slow
 def test_ranks_meet_at_an_ipv6_address(run, tmp_path, values, alone, clean_variables):
     address = run(["sh", "-c", "cat /proc/net/if_inet6"], tmp_path, good=False).stdout
     if "00000000000000000000000000000001" not in address:

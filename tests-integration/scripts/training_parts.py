@@ -159,10 +159,11 @@ class At(Callback):
     """Does something when a rank is about to train on a certain batch.
 
     Args:
-        what: It always prints ``here RANK PID``. Then ``"say"`` goes on; ``"wait"`` prints ``woke
-            RANK PID`` after each signal and never goes on; ``"hang"`` sleeps for ever; ``"raise"``
-            raises; ``"memory"`` takes more than its process may have; ``"exit"`` leaves with code
-            3; ``"kill"`` kills the process.
+        what: It always prints ``here RANK PID``, and at the start ``port PORT``. Then ``"say"``
+            goes on; ``"wait"`` prints ``woke RANK PID`` after each signal and never goes on;
+            ``"hang"`` sleeps for ever; ``"raise"`` raises; ``"memory"`` takes more than its process
+            may have; ``"group-memory"`` takes more than the control group ``TEST_MEMORY_GROUP`` may
+            have; ``"exit"`` leaves with code 3; ``"kill"`` kills the process.
         rank: The rank; None means every rank.
         epoch: The epoch.
         batch: The number of the batch.
@@ -172,6 +173,9 @@ class At(Callback):
         self.what = what
         self.rank = rank
         self.place = (epoch, batch)
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        _say(f"port {trainer.world.port}")
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         rank = trainer.world.rank
@@ -190,6 +194,9 @@ class At(Callback):
             time.sleep(ENDLESS_SECONDS)
         if self.what == "memory":
             _run_out_of_memory()
+        if self.what == "group-memory":
+            Path(os.environ["TEST_MEMORY_GROUP"], "cgroup.procs").write_text(str(os.getpid()))
+            torch.ones(1 << 30, dtype=torch.uint8)  # the kernel kills this process for it
         if self.what == "raise":
             raise LookupError(f"rank {rank} lost its way")
         if self.what == "exit":
