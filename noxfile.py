@@ -236,10 +236,10 @@ def clusters(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def engines(session: nox.Session) -> None:
-    """Run all tests of clusters, with Ray and MPICH besides, in an environment of its own."""
+    """Run all tests of clusters, with Ray, MPICH and submitit besides, in an own environment."""
     install_programs(session)
     session.install(
-        "-q", *CONSTRAINTS, *TEST_TOOLS, "cloudpickle", "mpich", "ray",
+        "-q", *CONSTRAINTS, *TEST_TOOLS, "cloudpickle", "mpich", "ray", "submitit",
         *editable(["interfaces", "toolkit", "cpu", "trainer"]),
     )  # fmt: skip
     session.run(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from drivetrain import Callback, Interrupted, SignalPolicy, Trainer
 from drivetrain.callbacks import ModelCheckpoint
+from drivetrain.loggers import CSVLogger
 from training_parts import Recorder, Regression, loader
 
 if TYPE_CHECKING:
@@ -81,6 +82,29 @@ def test_a_stop_saves_if_the_policy_says_so(tmp_path: Path, action: str, names: 
     assert caught.value.code == 143
     assert [name for name in _saved(tmp_path) if "step=6" in name] == names
     assert raises.said == ["teardown"]
+
+
+class Ending(CSVLogger):
+    """Keeps how its run ended."""
+
+    ended = ""
+
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        self.ended = status
+
+
+def test_a_stopped_run_says_so_to_its_loggers_and_writes_what_they_hold(tmp_path: Path) -> None:
+    logger = Ending(flush_every_n_rows=1000, flush_after_seconds=1000.0)
+    raises = Raises("on_train_batch_end", signal.SIGTERM, after=5)
+    trainer = _trainer(
+        tmp_path, raises, logger=logger, log_every_n_steps=1, default_root_dir=tmp_path
+    )
+    with pytest.raises(Interrupted):
+        trainer.fit(Regression("sgd"), loader())
+    assert logger.ended == "interrupted"
+    rows = Path(logger.log_dir, "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 6, "a line of names, and one for each step"
 
 
 def test_an_ignored_signal_changes_nothing(tmp_path: Path) -> None:

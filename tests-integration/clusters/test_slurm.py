@@ -115,6 +115,14 @@ def test_a_failure_comes_back_from_a_node(slurm):
     assert "rank 3 on 'node2' raised ValueError: bad luck" in done.stderr
 
 
+@pytest.mark.slow
+def test_a_second_fit_works_after_srun(slurm, run, tmp_path, values):
+    twice = str(HERE.parent / "scripts" / "twice.py")
+    said = slurm(sys.executable, twice, "slurm")
+    expected = run([sys.executable, twice, "script"], tmp_path)
+    assert values(said.stdout) == values(expected.stdout)
+
+
 def test_submit_writes_a_job_that_slurm_runs(slurm, values, until):
     words = ("--name=who", "--nodes=2", "--processes=2", "--go", "--", *WHO)
     slurm(sys.executable, "-m", "drivetrain", "submit", "slurm", *words)
