@@ -3,7 +3,9 @@
 Two scripts train the same network. One is hand-written DDP, started by torchrun. The other calls
 ``fit``, is started by python, and starts its other ranks itself. Both are measured from the command
 to the end of rank 0's first step, taking turns, fresh processes each time; what counts is the
-fastest of all rounds. Of the second also from ``fit`` on.
+fastest of all rounds. Of the second also from ``fit`` on. The packages are compiled first, as pip
+does with what it installs; it does not with the editable packages of this tree, nor does Python
+where it is told to write no bytecode.
 
     python -m nox -s benchmarks -- launch
 """
@@ -11,6 +13,8 @@ fastest of all rounds. Of the second also from ``fit`` on.
 from __future__ import annotations
 
 import argparse
+import compileall
+import importlib
 import os
 import subprocess
 import sys
@@ -91,6 +95,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 2, 4])
     asked = parser.parse_args()
+    for name in ("drivetrain_interfaces", "drivetrain_toolkit", "drivetrain_cpu", "drivetrain"):
+        (folder,) = importlib.import_module(name).__path__
+        compileall.compile_dir(folder, quiet=1)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("hand.py", HAND_WRITTEN), ("ours.py", OURS)):

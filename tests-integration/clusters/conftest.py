@@ -193,14 +193,16 @@ def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
 def hosts_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """``hosts_of(six=True)`` or ``hosts_of(apart=True)``: other pairs of hosts."""
     need_hosts()
-    made: list[Hosts] = []
+    made: dict[str, Hosts] = {}
 
     def make(**kind: bool) -> Hosts:
-        made.append(Hosts(tmp_path_factory.mktemp("hosts"), "hosta", "hostb", **kind))
-        return made[-1]
+        name = "-".join(kind)
+        if name not in made:
+            made[name] = Hosts(tmp_path_factory.mktemp(name), "hosta", "hostb", **kind)
+        return made[name]
 
     yield make
-    for hosts in made:
+    for hosts in made.values():
         hosts.close()
 
 

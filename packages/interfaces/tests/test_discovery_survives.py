@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -183,3 +185,15 @@ def test_a_protocol_can_be_the_kind_that_is_checked(site) -> None:
     site.install("acme-launch", LAUNCHERS, {"rocket": f"{site.module('rocket = object()')}:rocket"})
     with pytest.raises(BrokenPackageError, match="as a object, not as a Launcher"):
         load(LAUNCHERS, "rocket", Launcher, what="launcher")
+
+
+def test_what_is_installed_later_is_found_and_what_is_there_is_read_once(
+    site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(site.folder, (1, 1))  # an install may come within the same tick of the clock
+    before = registrations(LAUNCHERS)
+    with monkeypatch.context() as patched:
+        patched.setattr(metadata.PathDistribution, "read_text", None)
+        assert registrations(LAUNCHERS) == before
+    site.install("later-package", LAUNCHERS, {"later": "nowhere:nothing"})
+    assert set(registrations(LAUNCHERS)) == {*before, "later"}

@@ -6,6 +6,8 @@ else: every other package goes on working.
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +30,10 @@ ENVIRONMENTS = "drivetrain.environments"
 LAUNCHERS = "drivetrain.launchers"
 MANAGERS = "drivetrain.managers"
 SUBMITTERS = "drivetrain.submitters"
+
+#: Claims by group, and what was there when they were read. Reading all that is installed takes some
+#: milliseconds, and a start asks more than a dozen times.
+_KNOWN: dict[str, tuple[tuple[Any, ...], dict[str, tuple[Registration, ...]]]] = {}
 
 T = TypeVar("T")
 Spec = TypeVar("Spec", BackendSpec, StrategySpec)
@@ -103,8 +109,30 @@ def registrations(
         group: One of the group names of this module.
         points: Entry points to read instead of the installed ones.
     """
+    if points is not None:
+        return _claims(points)
+    where, (then, known) = _where(), _KNOWN.get(group, ((), {}))
+    if where != then:
+        known = _claims(metadata.entry_points(group=group))
+        _KNOWN[group] = where, known
+    return dict(known)
+
+
+def _where() -> tuple[Any, ...]:
+    """What installing something changes: the search path, and when its folders changed."""
+    return metadata.entry_points, *((folder, _changed(folder)) for folder in sys.path)
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder or os.curdir).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _claims(points: Iterable[metadata.EntryPoint]) -> dict[str, tuple[Registration, ...]]:
     found: dict[str, tuple[Registration, ...]] = {}
-    for point in metadata.entry_points(group=group) if points is None else points:
+    for point in points:
         owner = f"{point.dist.name} {point.dist.version}" if point.dist else "an unknown package"
         claim = Registration(point.name, owner, point)
         found[point.name] = (*found.get(point.name, ()), claim)
