@@ -291,7 +291,9 @@ def backend(session: nox.Session, name: str) -> None:
         report.unlink(missing_ok=True)
         options = [f"--drivetrain-report={report}", *session.posargs]
         options += [option.format(home=home) for option in run.get("options", [])]
-        session.run(python, *suite, *options, env=run.get("env"), external=True)
+        # No format: a value may be JSON.
+        variables = {k: v.replace("{home}", str(home)) for k, v in run.get("env", {}).items()}
+        session.run(python, *suite, *options, env=variables, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -30,6 +30,8 @@ TRAINING_TYPES = [
     "DDPSpawnPlugin",
     "DeepSpeedPlugin",
     "HorovodPlugin",
+    "IPUPlugin",
+    "IPUStrategy",
     "RPCPlugin",
     "RPCSequentialPlugin",
     "SingleTPUPlugin",
@@ -63,6 +65,7 @@ OTHERS = [
     "TorchElasticEnvironment",
     "Accelerator",
     "CPUAccelerator",
+    "IPUAccelerator",
     "GPUAccelerator",
 ]
 HERE = {
