@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from drivetrain_interfaces.checkpoint import (
     SupportsShardedLoad,
     SupportsShardedSave,
 )
-from drivetrain_interfaces.errors import CheckpointError, StorageError
+from drivetrain_interfaces.errors import CheckpointError, ProcessFailedError, StorageError
 
+from drivetrain_toolkit import durable
 from drivetrain_toolkit.checkpoint import MANIFEST, STATE, DirectoryCheckpointIO
 from drivetrain_toolkit.manifest import tiling_problem
 from drivetrain_toolkit.together import merged
@@ -215,8 +217,6 @@ def test_a_full_disk_of_one_is_raised_in_all_and_the_old_one_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """K17"""
-    from drivetrain_toolkit import durable
-
     assert together(fsdp_like(2), tmp_path / "x") == [None, None]
     write = durable.write_file
 
@@ -395,3 +395,43 @@ def test_processes_save_in_the_background_and_any_number_loads(tmp_path: Path, s
             first, last = rank * 1000 // others, (rank + 1) * 1000 // others
             mine = io.open(str(path))["w"].read((first, 0), (last - first, 64))
             assert torch.equal(mine, back["w"][first:last])
+
+
+OTHER = """
+import sys, torch
+from drivetrain_interfaces.checkpoint import SaveGroup
+from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
+DirectoryCheckpointIO().save_sharded({"a": 1}, sys.argv[1], SaveGroup(0, 2, "t"))
+"""
+
+
+def test_the_death_of_process_0_ends_the_save_of_the_others(tmp_path: Path) -> None:
+    """K17: long before the time is up."""
+    if not durable.machine():
+        pytest.skip("this system does not tell processes of one machine from others")
+    with subprocess.Popen([sys.executable, "-c", OTHER, str(tmp_path / "x")]) as other:
+        try:
+            ends = time.monotonic() + 60
+            while not list(tmp_path.glob(".*/note-plan-0")):
+                assert other.poll() is None
+                assert time.monotonic() < ends
+                time.sleep(0.01)
+        finally:
+            other.kill()
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"process 0 \(pid \d+\) has ended"):
+        DirectoryCheckpointIO().save_sharded({"a": 1}, str(tmp_path / "x"), SaveGroup(1, 2, "t"))
+    assert time.monotonic() - begin < 300
+
+
+def test_who_knows_better_ends_a_save_that_waits(tmp_path: Path) -> None:
+    """K17"""
+
+    def check() -> None:
+        raise ProcessFailedError("Rank 1 is gone.", "See there.")
+
+    with pytest.raises(ProcessFailedError, match="Rank 1 is gone"):
+        DirectoryCheckpointIO().save_sharded(
+            {"a": 1}, str(tmp_path / "x"), SaveGroup(0, 2, "t", timeout=0.2, check=check)
+        )
+    assert list(tmp_path.iterdir()) == []

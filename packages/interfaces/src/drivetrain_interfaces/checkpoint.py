@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -197,12 +197,14 @@ class SaveGroup:
         size: How many there are.
         token: Letters and digits that all of them agreed on for this one save.
         timeout: Seconds without progress after which those that are missing are given up.
+        check: Called again and again while this process waits; raises if others have ended.
     """
 
     rank: int
     size: int
     token: str
     timeout: float = 600.0
+    check: Callable[[], None] | None = None
 
 
 @runtime_checkable

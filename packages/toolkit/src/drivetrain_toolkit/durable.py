@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
@@ -187,7 +188,7 @@ def sweep(path: str) -> None:
         _, found, owner = draft.rpartition(_MARK)
         machine, pid, _ = ("", "", "") if not found else _owner(owner)
         ours = draft.startswith(_prefix(name))
-        if ours or (machine == host and pid.isdigit() and not _runs(int(pid))):
+        if ours or (machine == host and pid.isdigit() and not runs(int(pid))):
             discard(os.path.join(folder, draft))
 
 
@@ -203,7 +204,18 @@ def _owner(text: str) -> tuple[str, str, str]:
     return (parts[0], parts[1], parts[2]) if len(parts) == 3 else ("", "", "")  # noqa: PLR2004
 
 
-def _runs(pid: int) -> bool:
+@cache
+def machine() -> str:
+    """Equal for processes that see each other's numbers; empty where that is not known."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def runs(pid: int) -> bool:
+    """Whether there is a process of that number on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
-from drivetrain_interfaces import ModelState
+from drivetrain_interfaces import ModelState, Shard, StoredTensor
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import placement_types as placements
 
 from drivetrain_toolkit.state import (
     gather_module,
@@ -58,6 +59,69 @@ def like(whole: Tensor, wanted: Tensor) -> Tensor:
     return made.to(wanted.device)
 
 
+def shard_of(tensor: Tensor) -> Tensor | Shard:
+    """This rank's part, sharing memory, with its place in the whole.
+
+    A tensor that is whole is returned as it is. One that is divided in a way in which a rank's part
+    is no box is made whole, by all ranks together.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    box = _box_of(tensor)
+    if box is None:
+        return whole_of(tensor)
+    return Shard(part_of(tensor), box[0], tuple(tensor.shape))
+
+
+def stored_like(stored: Any, wanted: Tensor) -> Tensor:
+    """What this rank holds of a stored tensor, placed like ``wanted``; reads no more than that."""
+    if not isinstance(stored, StoredTensor):
+        return like(stored, wanted)
+    box = _box_of(wanted) if isinstance(wanted, DTensor) else None
+    if box is None:
+        return like(stored.read(), wanted)
+    held = cast("DTensor", wanted)
+    part = stored.read(*box).to(held.device)
+    return DTensor.from_local(
+        part,
+        held.device_mesh,
+        held.placements,
+        run_check=False,
+        shape=held.shape,
+        stride=held.stride(),
+    )
+
+
+def _box_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Where this rank's part begins and how large it is; None if it is no such box."""
+    start, size = [0] * tensor.dim(), list(tensor.shape)
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            continue
+        if type(placement) is not placements.Shard:
+            return None
+        # As torch divides: chunks of the same size, the last ones smaller or empty.
+        axis, ranks = placement.dim, tensor.device_mesh.size(dim)
+        chunk = -(-size[axis] // ranks)
+        first = min(chunk * tensor.device_mesh.get_local_rank(dim), size[axis])
+        start[axis] += first
+        size[axis] = min(chunk, size[axis] - first)
+    if tuple(size) != tuple(part_of(tensor).shape):
+        return None
+    return tuple(start), tuple(size)
+
+
+def sharded_parts(
+    module: nn.Module, optimizers: Sequence[Optimizer], precision: Precision
+) -> ModelState:
+    """What this rank holds of the state of a module: copies on the host, nothing is gathered."""
+    return ModelState(
+        module=gather_module(module, whole=shard_of),
+        optimizers=[gather_optimizer(each, module, whole=shard_of) for each in optimizers],
+        precision=precision.state_dict(),
+    )
+
+
 def gather_parts(
     module: nn.Module, optimizers: Sequence[Optimizer], precision: Precision, *, keep: bool
 ) -> ModelState:
@@ -81,13 +145,13 @@ def restore_parts(
     *,
     strict: bool,
 ) -> None:
-    """Restore a whole state, which every rank has and of which each keeps its parts.
+    """Restore a whole state, of which each rank keeps its parts; stored tensors are read so far.
 
     Raises:
         CheckpointError: Something does not fit; names what.
     """
-    restore_module(module, state.module, strict=strict, place=like)
-    restore_optimizers(optimizers, module, state.optimizers, strict=strict, place=like)
+    restore_module(module, state.module, strict=strict, place=stored_like)
+    restore_optimizers(optimizers, module, state.optimizers, strict=strict, place=stored_like)
     precision.load_state_dict(state.precision)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from drivetrain_interfaces import CheckpointError
+from drivetrain_interfaces import CheckpointError, Shard, StoredTensor
 from drivetrain_interfaces.errors import listed
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-    Whole = Callable[[Tensor], Tensor]
-    Place = Callable[[Tensor, Tensor], Tensor]
+    Whole = Callable[[Tensor], Tensor | Shard]
+    Place = Callable[[Any, Tensor], Tensor]
 
 
 def gather_module(
@@ -27,8 +27,8 @@ def gather_module(
 
     Args:
         module: The module.
-        whole: From what a rank holds of a tensor to the whole of it, if ranks hold parts. Called on
-            every rank for the same tensors in the same order.
+        whole: From what a rank holds of a tensor to the whole of it, if ranks hold parts, or to a
+            ``Shard``. Called on every rank for the same tensors in the same order.
         keep: False on a rank that only helps others to get theirs; it returns nothing.
     """
     made = {name: _copied(value, whole, keep=keep) for name, value in module.state_dict().items()}
@@ -46,9 +46,10 @@ def restore_module(
 
     Args:
         module: The module.
-        state: What was gathered.
+        state: What was gathered; a ``StoredTensor`` is read here.
         strict: Whether all names must be the same on both sides.
-        place: From a whole tensor and what is held here to what this rank holds of the former.
+        place: From a whole tensor, which may be a ``StoredTensor``, and what is held here to what
+            this rank holds of the former.
 
     Raises:
         CheckpointError: Names are missing or unknown (only if ``strict``), or shapes differ.
@@ -65,10 +66,11 @@ def restore_module(
             "Build the module with the hyperparameters that it was saved with.",
         )
     given = dict(state)
-    if place is not None:
-        for name, value in state.items():
-            if _has_shape(value) and _has_shape(mine.get(name)):
-                given[name] = place(value.detach().clone(), mine[name])
+    for name, value in state.items():
+        if place is not None and _has_shape(value) and _has_shape(mine.get(name)):
+            given[name] = place(_own(value), mine[name])
+        elif isinstance(value, StoredTensor):
+            given[name] = value.read()
     try:
         missing, unknown = module.load_state_dict(given, strict=False)
     except RuntimeError as error:  # a module that checks more than names and shapes
@@ -150,12 +152,12 @@ def restore_optimizer(
         values = {key: item for key, item in source.items() if key != "parameters"}
         hyper.append({**values, "params": group["params"]})
     # Torch keeps tensors that it need not convert, and training would then change the caller's.
-    merged = {key: _copied(value) if key in changed else value for key, value in merged.items()}
-    if place is not None:
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        for key in changed:
-            if isinstance(key, int):
-                merged[key] = _placed(merged[key], held[key], place)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for key in changed:
+        if place is not None and isinstance(key, int):
+            merged[key] = _placed(merged[key], held[key], place)
+        else:
+            merged[key] = _copied(merged[key])
     optimizer.load_state_dict({"state": merged, "param_groups": _copied(hyper)})
 
 
@@ -236,16 +238,20 @@ def _refuse_names(owner: str, missing: Sequence[str], unknown: Sequence[str]) ->
 
 
 def _has_shape(value: Any) -> bool:
-    return isinstance(value, Tensor) and not is_lazy(value)
+    return isinstance(value, StoredTensor) or (isinstance(value, Tensor) and not is_lazy(value))
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _placed(value: Any, parameter: Tensor, place: Place) -> Any:
     if not isinstance(value, dict):
-        return value
+        return _copied(value)
     return {
-        key: place(item, parameter)
-        if isinstance(item, Tensor) and item.shape == parameter.shape
-        else item
+        key: place(_own(item), parameter)
+        if _has_shape(item) and tuple(item.shape) == tuple(parameter.shape)
+        else _copied(item)
         for key, item in value.items()
     }
 
@@ -257,12 +263,18 @@ def _copied(value: Any, whole: Whole | None = None, *, keep: bool = True) -> Any
     written as they are.
     """
     if isinstance(value, Tensor):
-        value = value.detach() if whole is None else whole(value.detach())
-        if not keep:
-            return None
-        return value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        held = value.detach() if whole is None else whole(value.detach())
+        return _on_host(held) if keep else None
+    if isinstance(value, StoredTensor):
+        return value.read()
     if isinstance(value, dict):
         return {key: _copied(item, whole, keep=keep) for key, item in value.items()}
     if type(value) is list or type(value) is tuple:
         return type(value)(_copied(item, whole, keep=keep) for item in value)
     return copy.deepcopy(value)
+
+
+def _on_host(held: Tensor | Shard) -> Tensor | Shard:
+    if isinstance(held, Shard):
+        return Shard(cast("Tensor", _on_host(held.data)), held.start, held.shape)
+    return held.to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -14,12 +14,14 @@ written by the one that has least to write so far. Process 0 begins the draft an
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from drivetrain_interfaces.errors import CheckpointError
 
+from drivetrain_toolkit import durable
 from drivetrain_toolkit.codecs import TAG, dtype_name
 from drivetrain_toolkit.manifest import STATE, ShardEntry, TensorFacts, tiling_problem, volume
 from drivetrain_toolkit.reading import parse_manifest
@@ -67,6 +69,7 @@ class JointSave:
         self._path = path
         self._group = group
         self._origin = origin
+        self._neighbours: dict[int, int] = {}  # pids of processes of this machine, by rank
 
     def run(self, staged: Staged) -> None:
         """Write this process's part; return once the checkpoint is published.
@@ -133,17 +136,26 @@ class JointSave:
 
     def _all(self, draft: Draft, kind: str) -> list[bytes]:
         names = [f"{kind}-{rank}" for rank in range(self._group.size)]
+        found: dict[str, bytes] = {}
 
         def complete() -> bool:
-            notes = self._notes(draft)
-            return all(name in notes for name in names)
+            for name in sorted(self._notes(draft).keys() & (set(names) - found.keys())):
+                found[name] = draft.note(name)
+                self._note_neighbour(name, found[name])
+            return len(found) == len(names)
 
         def missing() -> str:
             there = draft.notes()
             return ", ".join(str(r) for r, name in enumerate(names) if name not in there)
 
         self._until(complete, draft.notes, f"the {kind}s of processes", missing, draft.longest_nap)
-        return [draft.note(name) for name in names]
+        return [found[name] for name in names]
+
+    def _note_neighbour(self, name: str, note: bytes) -> None:
+        """Of a process of this machine it can be seen whether it still runs."""
+        machine, pid = json.loads(note).get("process", ("", 0))
+        if machine and machine == durable.machine():
+            self._neighbours[int(name.rpartition("-")[2])] = pid
 
     def _await_publication(self, draft: Draft) -> None:
         self._until(
@@ -199,6 +211,9 @@ class JointSave:
         nap = _SHORTEST_NAP
         seen, since = progress(), time.monotonic()
         while not reached():
+            # What ended between the two looks may have done its part before.
+            if (over := self._over()) is not None and not reached():
+                raise over
             time.sleep(nap)
             nap = min(2 * nap, longest_nap)
             if (now := progress()) != seen:
@@ -210,6 +225,22 @@ class JointSave:
                     f"for {' '.join((what, missing())).strip()}.",
                     "Make sure that all processes save, and that they see the same directory.",
                 )
+
+    def _over(self) -> Exception | None:
+        """Why what is waited for will never come, if that is known."""
+        if self._group.check is not None:
+            try:
+                self._group.check()
+            except Exception as error:  # noqa: BLE001 - raised by who asked
+                return error
+        for rank, pid in self._neighbours.items():
+            if not durable.runs(pid):
+                return CheckpointError(
+                    f"The checkpoint {self._path!r} was to be saved by {self._group.size} "
+                    f"processes, and process {rank} (pid {pid}) has ended before it was done.",
+                    "See how that process ended.",
+                )
+        return None
 
     def _give_up(self, draft: Draft, error: BaseException) -> None:
         """Say why, unless somebody else's failure is the reason; process 0 tidies up."""
@@ -224,8 +255,13 @@ class JointSave:
 
     def _see_off(self, draft: Draft) -> None:
         ends = time.monotonic() + min(_FAREWELL, self._group.timeout)
-        names = {f"left-{rank}" for rank in range(1, self._group.size)}
-        while not names <= draft.notes().keys() and time.monotonic() < ends:
+        names = {f"left-{rank}": rank for rank in range(1, self._group.size)}
+
+        def expected() -> set[str]:
+            gone = {rank for rank, pid in self._neighbours.items() if not durable.runs(pid)}
+            return {name for name, rank in names.items() if rank not in gone}
+
+        while not expected() <= draft.notes().keys() and time.monotonic() < ends:
             time.sleep(_LONGEST_NAP)
         draft.abandon()
 
@@ -286,7 +322,11 @@ def _keyed(pieces: Sequence[_Piece]) -> dict[str, _Piece]:
 
 
 def _plan_text(pieces: Mapping[_Piece, Any], state: Any) -> bytes:
-    body = {"pieces": [_piece_body(piece) for piece in pieces], "state": state}
+    body = {
+        "pieces": [_piece_body(piece) for piece in pieces],
+        "state": state,
+        "process": (durable.machine(), os.getpid()),
+    }
     return json.dumps(body).encode("ascii")
 
 

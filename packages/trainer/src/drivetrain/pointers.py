@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from drivetrain_interfaces import CheckpointError, SupportsInspect
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from drivetrain_interfaces import CheckpointIO
 
@@ -60,7 +60,12 @@ def load(checkpoint_io: CheckpointIO, path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: It is missing, corrupt or foreign, or a pointer leaves its directory.
     """
-    tree = checkpoint_io.load(path)
+    return follow(checkpoint_io.load, path)
+
+
+def follow(read: Callable[[str], dict[str, Any]], path: str) -> dict[str, Any]:
+    """As ``load``, with another function that reads a tree."""
+    tree = read(path)
     target = _target(tree)
     if target is None:
         return tree
@@ -69,7 +74,7 @@ def load(checkpoint_io: CheckpointIO, path: str) -> dict[str, Any]:
             f"The checkpoint {path!r} stands for {target!r}, which is not a name beside it.",
             "Give the path of the checkpoint itself.",
         )
-    return checkpoint_io.load(os.path.join(os.path.dirname(path), target))
+    return read(os.path.join(os.path.dirname(path), target))
 
 
 def names_another(checkpoint_io: CheckpointIO, path: str) -> bool:

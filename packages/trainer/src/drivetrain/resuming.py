@@ -15,15 +15,15 @@ from drivetrain_interfaces import (
     SupportsVerify,
 )
 
-from drivetrain import pointers
+from drivetrain import pointers, sharing, snapshot
 from drivetrain.callbacks.naming import EXTENSION
-from drivetrain.snapshot import lacks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from drivetrain_interfaces import CheckpointIO
 
+    from drivetrain.runtime import Stack
     from drivetrain.trainer import Trainer
 
 log = logging.getLogger("drivetrain")
@@ -43,11 +43,11 @@ class Found:
     path: str | None = None
     tree: dict[str, Any] | None = None
 
-    def read(self, checkpoint_io: CheckpointIO) -> dict[str, Any] | None:
+    def read(self, stack: Stack) -> dict[str, Any] | None:
         """What is in it; None to begin anew. Every rank calls it."""
         if self.path is None or self.tree is not None:
             return self.tree
-        return pointers.load(checkpoint_io, self.path)
+        return snapshot.open_checkpoint(self.path, stack)
 
 
 def find(trainer: Trainer, asked: str | None, stage: str) -> Found:
@@ -82,7 +82,8 @@ def _newest(trainer: Trainer, stage: str) -> Found:
         why, tree = _tried(checkpoint_io, path, full=stage == "fit")
         if tree is not None:
             _say_what_was_skipped(skipped, path)
-            return Found(path, tree)
+            # Where ranks read their own parts, the whole is not kept on this one.
+            return Found(path, None if sharing.reads_parts(trainer.runtime.stack) else tree)
         skipped.append((path, why))
     if skipped:
         listed = "; ".join(f"{path!r}: {why}" for path, why in skipped)
@@ -121,7 +122,7 @@ def _tried(
         tree = pointers.load(checkpoint_io, path)
     except (CheckpointError, StorageError) as error:
         return error.message, None
-    missing = lacks(tree) if full else []
+    missing = snapshot.lacks(tree) if full else []
     if missing:
         return f"it holds no {', '.join(missing)}, as one of weights alone", None
     return "", tree

@@ -109,7 +109,7 @@ def _work(runtime: Runtime, trainer: Trainer, job: Job, signals: SignalWatch) ->
                 _prepare_loggers(trainer, job)
             found = resuming.find(trainer, job.ckpt_path, job.stage)
             session.prepare()
-            tree = found.read(stack.checkpoint_io)
+            tree = found.read(stack)
             if job.stage == "fit":
                 session.fit(job.loaders, tree)
             else:

@@ -24,7 +24,6 @@ from drivetrain_interfaces import (
 )
 from drivetrain_interfaces.discovery import LAUNCHERS, load
 
-from drivetrain import pointers
 from drivetrain.data import feed_of
 from drivetrain.plan import Request
 from drivetrain.resolve import resolve
@@ -310,9 +309,10 @@ class Runtime:
 
     def save(self, path: str, **extra: Any) -> None:
         """Save module, optimizers and whatever else is given. Every rank calls it."""
+        from drivetrain.sharing import state_of
         from drivetrain.snapshot import write_checkpoint
 
-        state = self.stack.strategy.state()
+        state = state_of(self.stack)
         tree = {
             "module": dict(state.module),
             "optimizers": list(state.optimizers),
@@ -323,10 +323,12 @@ class Runtime:
 
     def load(self, path: str) -> dict[str, Any]:
         """Restore what ``save`` wrote, on any number of ranks; returns what was given as extra."""
-        tree = pointers.load(self.stack.checkpoint_io, path)
-        self.stack.strategy.load(
-            ModelState(tree["module"], tree.get("optimizers", ()), tree.get("precision", {}))
-        )
+        from drivetrain.sharing import load_into
+        from drivetrain.snapshot import open_checkpoint
+
+        tree = open_checkpoint(path, self.stack)
+        state = ModelState(tree["module"], tree.get("optimizers", ()), tree.get("precision", {}))
+        load_into(self.stack, state)
         extra: dict[str, Any] = tree.get("user", {})
         return extra
 

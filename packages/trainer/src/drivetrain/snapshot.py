@@ -14,12 +14,14 @@ from drivetrain_interfaces import (
     CheckpointError,
     ModelState,
     SupportsBackgroundSave,
+    SupportsShardedLoad,
+    SupportsShardedSave,
     UnsupportedError,
 )
 from drivetrain_interfaces.discovery import take_inventory
 from drivetrain_interfaces.errors import listed
 
-from drivetrain import pointers
+from drivetrain import pointers, sharing
 from drivetrain.exchange import gather_objects
 from drivetrain.seeding import rng_state, set_rng_state
 
@@ -39,8 +41,11 @@ _PARTS = ("module", "optimizers", "schedulers", "precision", "loop", "ranks", "d
 
 
 def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
-    """The tree of a fit. Every rank calls it; rank 0's is the one to write."""
-    state = run.stack.strategy.state()
+    """The tree of a fit. Every rank calls it; rank 0's is the one to write.
+
+    Where each rank writes its own part, parts of the model's state are ``Shard``s.
+    """
+    state = sharing.state_of(run.stack)
     tree: dict[str, Any] = {"module": dict(state.module), "hyper_parameters": run.module.hparams}
     if weights_only:
         return tree
@@ -69,13 +74,25 @@ def collect(run: FitRun, *, weights_only: bool = False) -> dict[str, Any]:
     return tree
 
 
-def write_checkpoint(tree: Mapping[str, Any], path: str, stack: Stack) -> None:
-    """Write on rank 0. An error there is raised on every rank, so that none waits for ever."""
-    _on_rank_0(lambda: stack.checkpoint_io.save(tree, path), path, stack)
+def write_checkpoint(
+    tree: Mapping[str, Any], path: str, stack: Stack, check: Callable[[], None] | None = None
+) -> None:
+    """Write on rank 0, or on every rank its part. An error on one is raised on all.
+
+    ``check`` raises once a rank is known to have ended, so that none waits for it.
+    """
+    checkpoint_io = stack.checkpoint_io
+    if sharing.writes_parts(stack) and isinstance(checkpoint_io, SupportsShardedSave):
+        part, group = sharing.own_part(tree, stack), sharing.group_of(stack, check)
+        sharing.on_all(lambda: checkpoint_io.save_sharded(part, path, group), path, stack)
+    else:
+        _on_rank_0(lambda: checkpoint_io.save(tree, path), path, stack)
 
 
-def begin_checkpoint(tree: Mapping[str, Any], path: str, stack: Stack) -> PendingSave | None:
-    """Begin to write on rank 0, where what is returned says how it ends; None on other ranks.
+def begin_checkpoint(
+    tree: Mapping[str, Any], path: str, stack: Stack, check: Callable[[], None] | None = None
+) -> PendingSave | None:
+    """Begin to write; on rank 0 what is returned says how it ends; None on other ranks.
 
     Raises:
         UnsupportedError: The checkpoint IO does not save in the background.
@@ -93,6 +110,12 @@ def begin_checkpoint(tree: Mapping[str, Any], path: str, stack: Stack) -> Pendin
         key: part if key in {"module", "optimizers"} else _copied(part)
         for key, part in tree.items()
     }
+    if sharing.writes_parts(stack):
+        mine, group = sharing.own_part(owned, stack), sharing.group_of(stack, check)
+        pending = sharing.on_all(
+            lambda: checkpoint_io.begin_save(mine, path, staged=True, group=group), path, stack
+        )
+        return pending if stack.world.is_main else None
     return _on_rank_0(lambda: checkpoint_io.begin_save(owned, path, staged=True), path, stack)
 
 
@@ -153,6 +176,22 @@ def read_checkpoint(path: str, checkpoint_io: CheckpointIO | None = None) -> dic
     return pointers.load(checkpoint_io, path)
 
 
+def open_checkpoint(path: str, stack: Stack) -> dict[str, Any]:
+    """The tree of a checkpoint; where each rank reads its own part, the model's state is stored.
+
+    Raises:
+        CheckpointError: It is missing, corrupt or foreign.
+    """
+    checkpoint_io = stack.checkpoint_io
+    if not sharing.reads_parts(stack) or not isinstance(checkpoint_io, SupportsShardedLoad):
+        return pointers.load(checkpoint_io, path)
+    tree = pointers.follow(checkpoint_io.open, path)
+    return {
+        key: part if key in sharing.DIVIDED else sharing.in_memory(part)
+        for key, part in tree.items()
+    }
+
+
 def restore_module(run_module: Any, stack: Stack, tree: Mapping[str, Any], *, strict: bool) -> None:
     """Restore the weights alone."""
     if "module" not in tree:
@@ -160,7 +199,7 @@ def restore_module(run_module: Any, stack: Stack, tree: Mapping[str, Any], *, st
             f"The checkpoint holds {sorted(map(str, tree))} and no 'module' part.",
             f"Give a checkpoint that a {type(run_module).__name__} was saved to by drivetrain.",
         )
-    stack.strategy.load(ModelState(tree["module"]), strict=strict)
+    sharing.load_into(stack, ModelState(tree["module"]), strict=strict)
 
 
 def lacks(tree: Mapping[str, Any]) -> list[str]:
@@ -179,7 +218,8 @@ def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
         )
     _check_schedulers(run, tree)
     _say_what_differs(run, tree)
-    run.stack.strategy.load(
+    sharing.load_into(
+        run.stack,
         ModelState(tree["module"], tree["optimizers"], tree["precision"]),
         strict=run.module.strict_loading,
     )

@@ -295,7 +295,7 @@ class Trainer:
             StorageError: It cannot be written.
         """
         run, tree = self._collected(path, weights_only=weights_only)
-        snapshot.write_checkpoint(tree, os.fspath(path), run.stack)
+        snapshot.write_checkpoint(tree, os.fspath(path), run.stack, run.watch.check)
 
     def begin_checkpoint(
         self, path: str | os.PathLike[str], *, weights_only: bool = False
@@ -311,7 +311,7 @@ class Trainer:
             CheckpointError: Something in the state cannot be encoded.
         """
         run, tree = self._collected(path, weights_only=weights_only)
-        return snapshot.begin_checkpoint(tree, os.fspath(path), run.stack)
+        return snapshot.begin_checkpoint(tree, os.fspath(path), run.stack, run.watch.check)
 
     def _collected(
         self, path: str | os.PathLike[str], *, weights_only: bool

@@ -123,6 +123,11 @@ class Watch:
         """This rank makes progress, though it makes no step."""
         self._progress.alive()
 
+    def check(self) -> None:
+        """Raises ``ProcessFailedError`` once another rank is known to have failed."""
+        if self.trouble is not None and self.trouble["by"] != self._world.rank:
+            raise self._told(self.trouble)
+
     # What the main thread calls
     @property
     def place(self) -> str:

@@ -28,6 +28,7 @@ from drivetrain_toolkit.shards import (
     gather_parts,
     part_of,
     restore_parts,
+    sharded_parts,
     shared_update,
     whole_of,
 )
@@ -170,6 +171,16 @@ class TensorParallelStrategy(EagerStrategy):
             self.context.precision,
             keep=self.context.world.is_main,
         )
+
+    def sharded_state(self) -> ModelState:
+        """What this rank holds, as copies on the host; no rank waits for another."""
+        if self._installed is None:
+            return super().state()
+        return sharded_parts(self._prepared(), self._optimizers, self.context.precision)
+
+    def load_sharded(self, state: ModelState, *, strict: bool = True) -> None:
+        """As ``load``, of stored tensors, of which each rank reads its parts."""
+        self.load(state, strict=strict)
 
     def load(self, state: ModelState, *, strict: bool = True) -> None:
         """Restore a state of any strategy and world, of which each rank keeps its parts.

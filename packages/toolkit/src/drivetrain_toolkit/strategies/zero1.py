@@ -11,7 +11,7 @@ from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedErr
 
 from drivetrain_toolkit.owners import gather_owned, only_owned
 from drivetrain_toolkit.specs import CAPABILITIES
-from drivetrain_toolkit.state import gather_module, restore_module
+from drivetrain_toolkit.state import gather_module, gather_optimizer, restore_module
 from drivetrain_toolkit.state import restore_optimizers as restore_all
 from drivetrain_toolkit.strategies.ddp import DDPOptions, DDPStrategy
 
@@ -87,6 +87,25 @@ class Zero1Strategy(DDPStrategy):
             ],
             precision=self.context.precision.state_dict(),
         )
+
+    def sharded_state(self) -> ModelState:
+        """The module, and the optimizer states that this rank has; nothing is sent."""
+        if not self._divided:
+            return super().state()
+        module = self._prepared()
+        names = {id(p): name for name, p in module.named_parameters()}
+        found = []
+        for each in self._divided:
+            mine = gather_optimizer(each.optim, module)
+            others = names.keys() - {id(p) for p in each.owned()}
+            for parameter in others:
+                mine["state"].pop(names[parameter], None)
+            found.append(mine)
+        return ModelState(gather_module(module), found, self.context.precision.state_dict())
+
+    def load_sharded(self, state: ModelState, *, strict: bool = True) -> None:
+        """As ``load``, of stored tensors; the states of others' parameters are not read."""
+        self.load(state, strict=strict)
 
     def load(self, state: ModelState, *, strict: bool = True) -> None:
         """Restore a state of any strategy and world; each rank keeps what it updates.
