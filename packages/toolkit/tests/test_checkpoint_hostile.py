@@ -571,3 +571,16 @@ def test_what_foreign_files_name_is_refused_in_place(tmp_path: Path) -> None:
     assert not marker.exists()
     with pytest.raises(CheckpointError, match="no codec"):
         DirectoryCheckpointIO().save(back, str(tmp_path / "b"))
+
+
+def test_a_tree_that_would_fill_the_memory_is_neither_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    io = DirectoryCheckpointIO()
+    io.save({"text": "x" * 5000}, str(tmp_path / "x"))
+    for module in ("reading", "writing"):
+        monkeypatch.setattr(f"drivetrain_toolkit.{module}.LONGEST_STATE", 4000)
+    with pytest.raises(CheckpointError, match=r"'state.json'.* bytes"):
+        io.load(str(tmp_path / "x"))
+    with pytest.raises(CheckpointError, match="bytes of plain values, more than the 4000"):
+        io.save({"text": "x" * 5000}, str(tmp_path / "y"))

@@ -394,6 +394,22 @@ def test_a_name_that_is_not_logged_again_after_a_resume_is_still_reported():
     assert (logged.everything, logged.prog_bar, logged.logger) == ({"x": 2.0}, {"x": 2.0}, {})
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "min", "max"])
+def test_what_lost_ranks_had_logged_goes_on_with_those_that_are_left(reduction):
+    whole, parts = alone(training=False), [alone(training=False) for _ in range(3)]
+    for number in range(3 * FOLD):
+        value, rank = float(number % 17), number % 3
+        for metrics in (whole, parts[rank]):
+            metrics.log("x", value, options(reduce_fx=reduction), batch_size=1 + rank)
+        if rank == 2:
+            parts[2].log("theirs", value, options(reduce_fx=reduction), batch_size=3)
+    left = alone(training=False)
+    left.load_state_dict(*(json.loads(json.dumps(part.state_dict())) for part in parts))
+    found = left.epoch_values().everything
+    assert found["x"] == pytest.approx(whole.epoch_values().everything["x"])
+    assert found["theirs"] == pytest.approx(parts[2].epoch_values().everything["theirs"])
+
+
 def test_options_are_fixed_again_by_the_first_call_after_a_resume():
     first, second = alone(), alone()
     first.log("x", 2.0, options(on_epoch=True))

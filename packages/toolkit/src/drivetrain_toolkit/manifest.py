@@ -29,6 +29,8 @@ MANIFEST: Final = "manifest.json"
 STATE: Final = "state.json"
 #: Longer ones are not read: a manifest takes a few hundred bytes per tensor.
 LONGEST_MANIFEST: Final = 1 << 28
+#: Neither are longer trees, nor written: plain values take many times that in memory.
+LONGEST_STATE: Final = 1 << 28
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _HASH: Final = re.compile(r"[0-9a-f]{32}")

@@ -11,6 +11,7 @@ from drivetrain_interfaces.errors import CheckpointError
 from drivetrain_toolkit.codecs import dtype_named
 from drivetrain_toolkit.manifest import (
     LONGEST_MANIFEST,
+    LONGEST_STATE,
     MANIFEST,
     Manifest,
     damaged,
@@ -97,6 +98,9 @@ def content_problem(source: Source, manifest: Manifest, name: str) -> str:
 
 def parse_state(source: Source, manifest: Manifest) -> Any:
     """The tree as JSON values, verified."""
+    size = source.files[manifest.state]
+    if size > LONGEST_STATE:
+        raise damaged(source.path, manifest.state, f"it has {size} bytes")
     data = _whole(source, manifest.state)
     _require_hash(source, manifest, manifest.state, xxhash.xxh3_128_hexdigest(data))
     try:

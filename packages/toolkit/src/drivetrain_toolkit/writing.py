@@ -12,6 +12,7 @@ from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import dtype_name, place
 from drivetrain_toolkit.manifest import (
+    LONGEST_STATE,
     STATE,
     Manifest,
     ShardEntry,
@@ -71,8 +72,19 @@ def stage(tree: Mapping[str, Any], codecs: Codecs, *, copy: bool = False) -> Sta
 
 
 def state_text(state: Any) -> bytes:
-    """The bytes of the file with the tree."""
-    return json.dumps(state, allow_nan=False, separators=(",", ":")).encode("ascii")
+    """The bytes of the file with the tree.
+
+    Raises:
+        CheckpointError: They are so many that nobody would read them.
+    """
+    text = json.dumps(state, allow_nan=False, separators=(",", ":")).encode("ascii")
+    if len(text) > LONGEST_STATE:
+        raise CheckpointError(
+            f"A checkpoint was to hold {len(text)} bytes of plain values, more than the "
+            f"{LONGEST_STATE} that are read.",
+            "Keep long lists of numbers in tensors.",
+        )
+    return text
 
 
 def write_alone(draft: Draft, staged: Staged, origin: Origin) -> None:

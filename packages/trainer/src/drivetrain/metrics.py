@@ -104,6 +104,13 @@ class _Slot:
             self.values, self.weights = other.values, other.weights
             self.partials, self.weight = other.partials, other.weight
 
+    def add(self, other: _Slot) -> None:
+        """Take what ``other`` has added up as well."""
+        self.values += other.values
+        self.weights += other.weights
+        self.partials += other.partials
+        self.weight += other.weight
+
     def fold(self) -> None:
         """Add up pending values on their device; no host synchronization."""
         if not self.values:
@@ -314,20 +321,28 @@ class Metrics:
                 }
         return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue an epoch from what ``state_dict`` returned."""
+    def load_state_dict(self, state: Mapping[str, Any], *lost: Mapping[str, Any]) -> None:
+        """Continue an epoch from what ``state_dict`` returned, and what ``lost`` ranks had."""
         for name, saved in state.items():
-            asked = Options(*saved["asked"])
-            slot = _Slot(name, asked, on_step=saved["on_step"], on_epoch=True)
-            slot.adopted = True
-            slot.partials = list(saved["partials"])
-            slot.weight = saved["weight"]
-            slot.weights = list(saved["weights"])
-            slot.values = [
-                torch.tensor(value, device=self._device) if on_device else value
-                for value, on_device in zip(saved["values"], saved["device"], strict=True)
-            ]
-            self._slots[name] = slot
+            self._slots[name] = self._slot_of(name, saved)
+        for theirs in lost:
+            for name, saved in theirs.items():
+                slot = self._slot_of(name, saved)
+                known = self._slots.setdefault(name, slot)
+                if known is not slot and known.reduction == slot.reduction:
+                    known.add(slot)
+
+    def _slot_of(self, name: str, saved: Mapping[str, Any]) -> _Slot:
+        slot = _Slot(name, Options(*saved["asked"]), on_step=saved["on_step"], on_epoch=True)
+        slot.adopted = True
+        slot.partials = list(saved["partials"])
+        slot.weight = saved["weight"]
+        slot.weights = list(saved["weights"])
+        slot.values = [
+            torch.tensor(value, device=self._device) if on_device else value
+            for value, on_device in zip(saved["values"], saved["device"], strict=True)
+        ]
+        return slot
 
 
 def _reduction(asked: Any, name: str) -> str:

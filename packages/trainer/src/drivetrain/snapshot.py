@@ -229,9 +229,12 @@ def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
     if tree["data"]["seed"] is not None:
         run.seed = tree["data"]["seed"]
     _restore_position(run, tree)
-    own = tree["ranks"].get(str(run.stack.world.rank))
+    rank, size = run.stack.world.rank, run.stack.world.size
+    own = tree["ranks"].get(str(rank))
     if own is not None:
-        run.metrics.load_state_dict(own["metrics"])
+        # What ranks that are no more have logged in this epoch goes on with those that are left.
+        lost = [tree["ranks"][str(each)] for each in range(rank + size, len(tree["ranks"]), size)]
+        run.metrics.load_state_dict(own["metrics"], *(each["metrics"] for each in lost))
         run.feed.load_state_dict(own["loader"])
     for each in run.trainer.callbacks:
         if each.state_key in tree["callbacks"]:
