@@ -6,9 +6,12 @@ import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from drivetrain_interfaces import (
+    ClusterError,
     ConfigurationError,
     DataError,
+    ReduceOp,
     UnsupportedError,
     UserCodeError,
 )
@@ -19,7 +22,7 @@ from drivetrain_toolkit.clipping import check_clip
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from drivetrain_interfaces import Precision, StepSpec
+    from drivetrain_interfaces import Collectives, Precision, StepSpec
     from torch.optim import Optimizer
 
 
@@ -115,3 +118,27 @@ def released(_: Any) -> Tensor:
         "A train step was called after its strategy was closed or had built another one.",
         "Build a new one with train_step(spec).",
     )
+
+
+def same_version(library: str, version: str, collectives: Collectives) -> None:
+    """Stop ranks that have different versions of a library, on all of them.
+
+    Args:
+        library: Its name, for the message.
+        version: What this rank has, such as ``"0.19.8"``.
+        collectives: All ranks call this together.
+
+    Raises:
+        ClusterError: They have.
+    """
+    numbers = [int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:4]]
+    mine = torch.tensor([*numbers, *[0] * (4 - len(numbers))], dtype=torch.int64)
+    least = collectives.all_reduce(mine, ReduceOp.MIN)
+    most = collectives.all_reduce(mine, ReduceOp.MAX)
+    if not torch.equal(least, most):
+        text = [".".join(str(int(n)) for n in found[:3]) for found in (least, most)]
+        raise ClusterError(
+            f"Ranks have different versions of {library}: {text[0]} and {text[1]}; this one has "
+            f"{version}.",
+            "Install the same version everywhere.",
+        )

@@ -15,7 +15,7 @@ import pytest
 from drivetrain_conformance.support.ranks import Order, make_rank, serve
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
@@ -130,6 +130,38 @@ class Crew:
             if process.is_alive():
                 process.kill()
             process.join(STOP_S)
+
+
+class SteadyCrew:
+    """A crew for a package's own tests: started when it is needed, and anew after a failed case.
+
+    Args:
+        backend: The backend, by name.
+        devices: Index of the device of each rank.
+        variables: What the environment of the processes holds besides.
+    """
+
+    def __init__(
+        self, backend: str, devices: tuple[int, ...], variables: Mapping[str, str] | None = None
+    ) -> None:
+        self._backend = backend
+        self._devices = devices
+        self._variables = dict(variables or {})
+        self._crew: Crew | None = None
+
+    def run(self, case: str, rule: str, **arguments: Any) -> list[Any]:
+        """Run a case; see ``Crew.run``."""
+        if self._crew is None or self._crew.broken:
+            with pytest.MonkeyPatch.context() as patched:
+                for name, value in self._variables.items():
+                    patched.setenv(name, value)
+                self._crew = Crew(self._backend, None, self._devices)
+        return self._crew.run(case, rule, **arguments)
+
+    def stop(self) -> None:
+        """End all processes. Safe to call twice."""
+        if self._crew is not None:
+            self._crew.stop()
 
 
 class LonelyCrew:

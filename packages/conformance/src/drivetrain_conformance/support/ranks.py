@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     import torch
-    from drivetrain_interfaces import Accelerator, Backend, Collectives, Precision, Strategy
+    from drivetrain_interfaces import (
+        Accelerator,
+        Backend,
+        Collectives,
+        Precision,
+        Strategy,
+        StrategyFactory,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +118,34 @@ class Rank:
         self, name: str, precision: Precision | None = None, *, sync_batchnorm: bool = False
     ) -> Strategy:
         """A strategy that is bound to this process until the case ends."""
-        context = StrategyContext(
+        context = self._context(precision or self.precision(), sync_batchnorm=sync_batchnorm)
+        strategy = self.target.make_strategy(self.backend, name, context)
+        self.made.append(strategy)
+        return strategy
+
+    def bind_object(
+        self, factory: StrategyFactory, precision: Precision | str = "32-true"
+    ) -> Strategy:
+        """A strategy object, bound to this process until the case ends: for a package's own tests.
+
+        Args:
+            factory: A configured strategy object, or what a spec's ``load`` returns.
+            precision: A precision, or the name of one of the backend's.
+        """
+        made = self.precision(precision) if isinstance(precision, str) else precision
+        strategy = factory(self._context(made, sync_batchnorm=False))
+        self.made.append(strategy)
+        return strategy
+
+    def _context(self, precision: Precision, *, sync_batchnorm: bool) -> StrategyContext:
+        return StrategyContext(
             accelerator=self.accelerator,
             device_index=self.device_index,
             world=self.world,
             collectives=self.collectives,
-            precision=precision or self.precision(),
+            precision=precision,
             sync_batchnorm=sync_batchnorm,
         )
-        strategy = self.target.make_strategy(self.backend, name, context)
-        self.made.append(strategy)
-        return strategy
 
     def tidy(self) -> None:
         """Close what a case made. The accelerator stays active for the next one."""
