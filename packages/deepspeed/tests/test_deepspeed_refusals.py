@@ -17,9 +17,9 @@ from drivetrain_interfaces import (
     World,
 )
 from drivetrain_interfaces.discovery import load_backend
+from drivetrain_toolkit.checks import same_version
 
 from drivetrain_deepspeed import DeepSpeedStrategy
-from drivetrain_deepspeed.engine import same_version
 from drivetrain_deepspeed.precision import DeepSpeedPrecision
 from drivetrain_deepspeed.seeds import DeepSpeedPlugin, DeepSpeedPrecisionPlugin
 
@@ -120,7 +120,7 @@ def test_ranks_with_other_versions_are_refused():
             return tensor if op is ReduceOp.MAX else torch.tensor([0, 18, 1, 0])
 
     with pytest.raises(ClusterError, match=r"0\.18\.1 and 0\.19\.8"):
-        same_version("0.19.8", Others())
+        same_version("DeepSpeed", "0.19.8", Others())
 
 
 def test_the_older_names_take_the_older_arguments():

@@ -53,6 +53,7 @@ def test_names_stand_for_stages_and_offload():
         "deepspeed_stage_2_offload": 2,
         "deepspeed_stage_3": 3,
         "deepspeed_stage_3_offload": 3,
+        "deepspeed_stage_3_offload_nvme": 3,
     }
     assert made["deepspeed_stage_3_offload"].options.offload_parameters == "cpu"
 

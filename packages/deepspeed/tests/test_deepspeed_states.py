@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import deepspeed_cases as cases
 import pytest
 import torch
 from drivetrain_interfaces import ModelState, StepSpec, StrategyContext, World
 from drivetrain_interfaces.discovery import load_backend
 from drivetrain_toolkit.strategies import SingleDeviceStrategy
-
-_found = importlib.util.spec_from_file_location("cases", Path(__file__).parent / "ranks/cases.py")
-cases = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(cases)
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -117,5 +111,9 @@ def test_each_stage_holds_less(answers):
     half = found[0]["moments"] / 2
     for stage in (1, 2, 3):
         assert found[stage]["moments"] <= half + 16  # what is filled up at the end, and a counter
+    whole = found[0]["parameters"]
+    assert found[0]["gradients"] == whole
+    for stage in (2, 3):  # the parts are in the engine's buffers, half as large
+        assert found[stage]["gradients"] == 0
     assert found[3]["parameters"] == 0
     assert found[2]["parameters"] == found[0]["parameters"] > 0

@@ -19,10 +19,19 @@ from drivetrain_interfaces import (
 if TYPE_CHECKING:
     from drivetrain_interfaces import StrategyFactory
 
-    from drivetrain_deepspeed.optimizers import cpu_adam
+    from drivetrain_deepspeed.native import make_universal, read_native
+    from drivetrain_deepspeed.optimizers import build_cpu_adam, cpu_adam
     from drivetrain_deepspeed.strategy import DeepSpeedStrategy
 
-__all__ = ["CAPABILITIES", "DeepSpeedStrategy", "cpu_adam", "spec"]
+__all__ = [
+    "CAPABILITIES",
+    "DeepSpeedStrategy",
+    "build_cpu_adam",
+    "cpu_adam",
+    "make_universal",
+    "read_native",
+    "spec",
+]
 
 #: The engine owns backward, clipping, accumulation and the update. So there is no moment between
 #: them at which user code could be called, and one optimizer per engine.
@@ -46,7 +55,10 @@ _STAGE_0 = Capabilities(
 
 _LAZY = {
     "DeepSpeedStrategy": "drivetrain_deepspeed.strategy",
+    "build_cpu_adam": "drivetrain_deepspeed.optimizers",
     "cpu_adam": "drivetrain_deepspeed.optimizers",
+    "make_universal": "drivetrain_deepspeed.native",
+    "read_native": "drivetrain_deepspeed.native",
 }
 
 
@@ -82,4 +94,12 @@ stage_2_offload = _spec("deepspeed_stage_2_offload", stage=2, offload_optimizer=
 stage_3 = _spec("deepspeed_stage_3", stage=3)
 stage_3_offload = _spec(
     "deepspeed_stage_3_offload", stage=3, offload_optimizer="cpu", offload_parameters="cpu"
+)
+#: For the folder that users of the older names know; ``DeepSpeedStrategy`` takes any.
+stage_3_offload_nvme = _spec(
+    "deepspeed_stage_3_offload_nvme",
+    stage=3,
+    offload_optimizer="nvme",
+    offload_parameters="nvme",
+    nvme_path="/local_nvme",
 )

@@ -15,24 +15,26 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from drivetrain_interfaces import (
     BrokenPackageError,
     ClusterError,
     ConfigurationError,
-    ReduceOp,
     UnavailableError,
 )
-from drivetrain_toolkit.checks import usable_loss
+from drivetrain_toolkit.checks import same_version, usable_loss
 from torch import Tensor, nn
+
+from drivetrain_deepspeed.optimizers import drop_stale_lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
 
-    from drivetrain_interfaces import Collectives, Precision, StrategyContext, World
+    from drivetrain_interfaces import Precision, StrategyContext, World
     from torch.optim import Optimizer
+
+    from drivetrain_deepspeed.config import Merged
 
 _SHARED_MEMORY_OP = "deepspeed_shm_comm"
 #: Newer versions of torch have other names for these two, and warn about the older ones.
@@ -40,6 +42,17 @@ _RENAMED = {
     "all_gather_function": "all_gather_single",
     "reduce_scatter_function": "reduce_scatter_single",
 }
+#: What stage 3 leaves on each layer besides what begins with ``ds_``. The functions
+#: among them belong to one engine, and an engine that finds some makes none.
+_LEFT_ON_LAYERS = frozenset(
+    {
+        "_external_params",
+        "_original_parameters",
+        "applied_pre_backward_ref_cnt",
+        "post_bwd_fn",
+        "pre_bwd_fn",
+    }
+)
 
 
 class LossModule(nn.Module):
@@ -109,6 +122,34 @@ def import_deepspeed(device_type: str) -> ModuleType:
     return made
 
 
+def check_nvme(merged: Merged, deepspeed: ModuleType) -> None:
+    """Refuse files as a place to wait where DeepSpeed could not write them.
+
+    Raises:
+        UnavailableError: What reads and writes them cannot be compiled here.
+        ConfigurationError: The folder is missing, or cannot be written.
+    """
+    for what in ("optimizer", "param"):
+        section = f"zero_optimization.offload_{what}"
+        if merged.get(f"{section}.device") != "nvme":
+            continue
+        folder = merged.get(f"{section}.nvme_path")
+        if not folder or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+            raise ConfigurationError(
+                f"{section} goes to 'nvme', and nvme_path={folder!r} is no folder that this "
+                "process can write.",
+                "Make it, or give another one.",
+            )
+        builder = deepspeed.accelerator.get_accelerator().get_op_builder("AsyncIOBuilder")
+        if builder is None or not builder().is_compatible(verbose=False):
+            raise UnavailableError(
+                f"{section} goes to 'nvme', for which DeepSpeed compiles an operation that needs "
+                "libaio and its headers; they or a C++ compiler are missing.",
+                "Install libaio-dev (Debian) or libaio-devel and g++, or offload to 'cpu'.",
+            )
+        drop_stale_lock("async_io")
+
+
 class Connection:
     """DeepSpeed's view of the processes, for as long as a strategy is bound."""
 
@@ -130,6 +171,7 @@ class Connection:
                 f"{dist.get_rank()} of {dist.get_world_size()}.",
                 "Start the processes with one launcher alone.",
             )
+        self._added = "LOCAL_RANK" not in os.environ  # DeepSpeed reads it there alone
         os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
         self._group = dist.group.WORLD
         self._forget_others()
@@ -145,6 +187,9 @@ class Connection:
             self._deepspeed.comm.destroy_process_group()
             self._deepspeed.comm.comm.cdb = None
         self._own = None
+        if self._added:  # or the next run would take this for a place that somebody gave it
+            os.environ.pop("LOCAL_RANK", None)
+            self._added = False
 
     def _forget_others(self) -> None:
         """Let go of groups of processes that have been disconnected since."""
@@ -170,7 +215,7 @@ def make_engine(
         ClusterError: Ranks have different versions of DeepSpeed.
     """
     if context.world.size > 1:
-        same_version(deepspeed.__version__, context.collectives)
+        same_version("DeepSpeed", deepspeed.__version__, context.collectives)
     args = SimpleNamespace(
         device_rank=context.device_index if context.accelerator.facts.indexed else 0
     )
@@ -205,7 +250,18 @@ def destroy(engine: Any) -> None:
         vars(optimizer).clear()
     stack = parameter_offload.FWD_MODULE_STACK  # modules whose forward ran; the last one stays
     stack[:] = [each for each in stack if each is not module]
+    for each in module.modules():
+        _forget_on(each)
     vars(module).clear()  # classes that the engine made for it are never freed
+
+
+def _forget_on(module: nn.Module) -> None:
+    """Drop what the engine put on a layer: the next engine would take what it finds for its own."""
+    held = vars(module)
+    for name in [n for n in held if n.startswith("ds_") or n in _LEFT_ON_LAYERS]:
+        del held[name]
+    # Its own way of reading a parameter gathers it, which "items" does not.
+    held["_parameters"] = dict(held["_parameters"].items())
 
 
 def _clip_and_tell(engine: Any) -> None:
@@ -222,22 +278,3 @@ def refused(error: Exception) -> ConfigurationError:
         f"DeepSpeed refused its configuration: {text.rstrip('.')}.",
         "Change what it names, in the strategy's options or in config.",
     )
-
-
-def same_version(version: str, collectives: Collectives) -> None:
-    """Stop ranks that have different versions of DeepSpeed, on all of them.
-
-    Raises:
-        ClusterError: They have.
-    """
-    numbers = [int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:4]]
-    mine = torch.tensor([*numbers, *[0] * (4 - len(numbers))], dtype=torch.int64)
-    least = collectives.all_reduce(mine, ReduceOp.MIN)
-    most = collectives.all_reduce(mine, ReduceOp.MAX)
-    if not torch.equal(least, most):
-        text = [".".join(str(int(n)) for n in found[:3]) for found in (least, most)]
-        raise ClusterError(
-            f"Ranks have different versions of DeepSpeed: {text[0]} and {text[1]}; this one has "
-            f"{version}.",
-            "Install the same version everywhere.",
-        )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from drivetrain_interfaces import (
+    CheckpointError,
     ConfigurationError,
     ModelState,
     UnsupportedError,
@@ -17,18 +19,29 @@ from drivetrain_interfaces import (
 from drivetrain_toolkit.checks import check_spec, needs_closure
 from drivetrain_toolkit.state import gather_optimizer, restore_optimizers
 from drivetrain_toolkit.strategies import EagerStrategy
+from drivetrain_toolkit.strategies.eager import moved
 from torch import nn
 
+from drivetrain_deepspeed.building import (
+    built_divided,
+    check_built,
+    divide_layer_by_layer,
+    dividing,
+    fill,
+    has_no_values,
+)
 from drivetrain_deepspeed.config import Merged, Options, Wanted, complete, read
 from drivetrain_deepspeed.discard import discard
 from drivetrain_deepspeed.engine import (
     Connection,
     LossModule,
+    check_nvme,
     destroy,
     import_deepspeed,
     make_engine,
 )
 from drivetrain_deepspeed.evaluation import GatheredEvalStep
+from drivetrain_deepspeed.native import check_fits, check_trusted, find, mend_universal
 from drivetrain_deepspeed.shards import Groups, Partitions, is_divided, whole_parameter
 from drivetrain_deepspeed.state import (
     module_state,
@@ -40,7 +53,9 @@ from drivetrain_deepspeed.state import (
 from drivetrain_deepspeed.step import EngineStep
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
     from types import ModuleType
 
     from drivetrain_interfaces import (
@@ -99,6 +114,7 @@ class DeepSpeedStrategy(EagerStrategy):
         device_type = context.accelerator.facts.device_type
         strategy._deepspeed = import_deepspeed(device_type)  # noqa: SLF001 - our own copy
         strategy._refuse_precision()  # noqa: SLF001
+        check_nvme(strategy._merged, strategy._deepspeed)  # noqa: SLF001
         if context.sync_batchnorm:
             raise UnsupportedError(
                 "Batch statistics over all processes were asked for, which the engine does not "
@@ -158,19 +174,42 @@ class DeepSpeedStrategy(EagerStrategy):
     def prepare(self, module: nn.Module) -> nn.Module:
         """Convert, move, and take over the parameters and buffers of rank 0, in place.
 
-        A module that an earlier run left divided is made whole first.
+        A module that an earlier run left divided is made whole first. At stage 3, one that was
+        built on the meta device gets its values layer by layer, and each is divided at once; one
+        that was built under ``zero_init`` stays divided.
+
+        Raises:
+            ConfigurationError: A layer on the meta device has no ``reset_parameters``, or the
+                module was divided in another format.
         """
         self._release()
-        self._make_whole(module)
-        module = super().prepare(module)
+        if has_no_values(module):
+            return self._give_values(module)
+        if self.stage == _DIVIDED and built_divided(module):
+            check_built(module, getattr(torch, self.context.precision.policy.parameters))
+            module = moved(self.context.precision.convert(module), self.device)
+            self._module = module
+        else:
+            self._make_whole(module)
+            module = super().prepare(module)
         for parameter in module.parameters():
             if not parameter.is_contiguous():  # the engine sends and flattens memory as it lies
                 parameter.data = parameter.data.contiguous()
         if self.context.world.size > 1:
             with torch.no_grad():
                 for tensor in [*module.parameters(), *module.buffers()]:
-                    tensor.copy_(self.context.collectives.broadcast(tensor.detach()))
+                    if not is_divided(tensor):
+                        tensor.copy_(self.context.collectives.broadcast(tensor.detach()))
         return module
+
+    def zero_init(self) -> AbstractContextManager[Any]:
+        """``deepspeed.zero.Init`` as this strategy needs it; below stage 3 it does nothing.
+
+        A model that is built in it is divided layer by layer, so that no rank ever holds it whole.
+        """
+        if self.stage < _DIVIDED:
+            return nullcontext()
+        return dividing(self._deepspeed, self.context, self._merged.get("zero_optimization"))
 
     def train_step(self, spec: StepSpec) -> TrainStep:
         """Make an engine, and the train step from it. An earlier step cannot be called any more.
@@ -185,6 +224,9 @@ class DeepSpeedStrategy(EagerStrategy):
         self._names = names_by_group(optimizer, spec.module)
         made = self.configuration(spec)
         self._tell(made)
+        if "activation_checkpointing" in made.values:
+            # Without this, deepspeed.checkpointing.checkpoint does not see the section.
+            self._deepspeed.checkpointing.configure(None, deepspeed_config=made.values)
         module = LossModule(spec.module, spec.loss, self.context.precision)
         self._optimizers = (optimizer,)
         self._engine = make_engine(self._deepspeed, self.context, module, optimizer, made.values)
@@ -255,6 +297,61 @@ class DeepSpeedStrategy(EagerStrategy):
                 self._shards, module, self._names, state.optimizers[0], strict=strict
             )
         self._load_engine(state.optimizers[0].get("engine", {}))
+
+    def save_native(
+        self, folder: str | os.PathLike[str], tag: str, client_state: dict[str, Any] | None = None
+    ) -> None:
+        """Write a checkpoint in DeepSpeed's own format; every rank calls it.
+
+        Args:
+            folder: A folder that all ranks see.
+            tag: The name of the checkpoint in it.
+            client_state: What to keep with it.
+        """
+        self.engine.save_checkpoint(
+            str(folder),
+            tag,
+            client_state=client_state or {},
+            exclude_frozen_parameters=self.options.exclude_frozen_parameters,
+        )
+
+    def load_native(
+        self, folder: str | os.PathLike[str], tag: str | None = None, *, trusted: bool = False
+    ) -> dict[str, Any]:
+        """Restore a checkpoint in DeepSpeed's own format; every rank calls it.
+
+        Args:
+            folder: What was given to ``save_native``, or to ``engine.save_checkpoint`` elsewhere.
+            tag: The name of the checkpoint in it; None takes what the file ``latest`` says.
+            trusted: That the files come from somebody who may run code here: they are pickles.
+
+        Returns:
+            What was kept with it.
+
+        Raises:
+            NotFoundError: There is no such checkpoint.
+            CheckpointError: It was not declared to be trusted; it is of another stage or number of
+                ranks; or DeepSpeed cannot read it.
+        """
+        engine = self.engine
+        found = find(folder, tag)
+        check_trusted(found.path, trusted=trusted)
+        universal = bool(self._merged.get("checkpoint.load_universal"))
+        check_fits(found, self.stage, self.context.world.size, universal=universal)
+        path, client_state = engine.load_checkpoint(
+            str(found.folder),
+            found.tag,
+            load_module_strict=not self.options.exclude_frozen_parameters,
+        )
+        if path is None:
+            raise CheckpointError(
+                f"DeepSpeed did not load {str(found.path)!r}.",
+                "Look at what it logged, or load its weights with read_native.",
+            )
+        if universal:
+            assert self._shards is not None, "nothing of stage 0 is universal"
+            mend_universal(self._shards.inner, found)
+        return dict(client_state or {})
 
     def close(self) -> None:
         """Destroy the engine and release the device. A divided module stays divided."""
@@ -366,6 +463,16 @@ class DeepSpeedStrategy(EagerStrategy):
         if "scale" in own and self.context.precision.policy.loss_scaling:
             self._engine.optimizer.loss_scaler.cur_scale = own["scale"]
 
+    def _give_values(self, module: nn.Module) -> nn.Module:
+        module = self.context.precision.convert(module)
+        if self.stage == _DIVIDED:
+            zero = self._merged.get("zero_optimization")
+            divide_layer_by_layer(self._deepspeed, self.context, zero, module, self.device)
+        else:
+            fill(module, self.context, self.device)
+        self._module = module
+        return module
+
     def _make_whole(self, module: nn.Module) -> None:
         for parameter in module.parameters():
             if is_divided(parameter):
@@ -417,8 +524,6 @@ def _unknown_options(options: Mapping[str, Any]) -> ConfigurationError:
 
 def _one_optimizer(saved: Any) -> None:
     if len(saved) != 1:
-        from drivetrain_interfaces import CheckpointError
-
         raise CheckpointError(
             f"The checkpoint holds {len(saved)} optimizers, and this run has 1.",
             "Configure the same optimizers, or load the weights alone.",

@@ -1,9 +1,9 @@
-"""What two ranks are asked to do with a strategy. Run by ``crew.py``."""
+"""What two ranks are asked to do with a strategy. Run in the processes of a crew."""
 
 from __future__ import annotations
 
 import torch
-from drivetrain_interfaces import Clip, EvalSpec, ModelState, StepSpec
+from drivetrain_interfaces import Clip, EvalSpec, ModelState, StepHooks, StepSpec
 from drivetrain_toolkit.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 
@@ -49,7 +49,7 @@ class Run:
 
     def __init__(self, rank, strategy, precision="32-true", module=None, make=adamw, **settings):
         self.rank = rank
-        self.strategy = rank.bind(strategy, precision)
+        self.strategy = rank.bind_object(strategy, precision)
         self.module = self.strategy.prepare(network(rank.world.rank) if module is None else module)
         self.optimizer = make(self.module)
         settings.setdefault("accumulate", 1)
@@ -256,7 +256,11 @@ def memory(rank):
     for stage in (0, 1, 2, 3):
         strategy = DeepSpeedStrategy(stage, config=ALL_DIVIDED if stage == 3 else None)
         module = nn.Sequential(nn.Linear(16, 512), nn.Tanh(), nn.Linear(512, 3))
-        run = Run(rank, strategy, module=module)
+        kept = []
+        hooks = StepHooks(
+            after_backward=lambda module=module, kept=kept: kept.append(grads(module))
+        )
+        run = Run(rank, strategy, module=module, hooks=hooks)
         run.train(2)
         optimizer = run.optimizer
         moments = sum(
@@ -266,6 +270,11 @@ def memory(rank):
             if isinstance(value, torch.Tensor)
         )
         held = sum(p.numel() for p in run.module.parameters())
-        answer[stage] = {"moments": moments, "parameters": held}
+        answer[stage] = {"moments": moments, "parameters": held, "gradients": max(kept)}
         run.close()
     return answer
+
+
+def grads(module):
+    """Elements of gradients that lie on parameters after backward."""
+    return sum(p.grad.numel() for p in module.parameters() if p.grad is not None)
