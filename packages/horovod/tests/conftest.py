@@ -1,44 +1,36 @@
-"""Two real processes over gloo that run cases of ``ranks/cases.py``."""
+"""Two real processes over gloo that answer cases of ``ranks/horovod_cases.py``."""
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
+from drivetrain_conformance.support.crew import SteadyCrew
 
-CREW = Path(__file__).parent / "ranks/crew.py"
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+sys.path.insert(0, str(Path(__file__).parent / "ranks"))  # for tests, and for what they start
+VARIABLES = {"HOROVOD_STALL_CHECK_DISABLE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
-def on_two_ranks(tmp_path_factory):
-    """Runs named cases on two ranks in one group, and returns what rank 0 answered."""
+def two_ranks() -> Iterator[SteadyCrew]:
+    """Two processes for all tests, since starting them takes seconds."""
+    crew = SteadyCrew("cpu", (0, 1), VARIABLES)
+    yield crew
+    crew.stop()
 
-    def run(*names: str, seconds: int = 300):
-        folder = tmp_path_factory.mktemp("ranks")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command = (sys.executable, str(CREW))
-        arguments = (str(port), ",".join(names), str(folder / "answers.pt"))
-        processes = [
-            subprocess.Popen(
-                [*command, str(rank), *arguments],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, cwd=folder,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            texts = [process.communicate(timeout=seconds)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
-        return torch.load(folder / "answers.pt", weights_only=False)
+
+@pytest.fixture(scope="session")
+def on_two_ranks(two_ranks):
+    """Runs named cases on both, and returns what rank 0 answered to each."""
+
+    def run(*names: str):
+        return {
+            name: two_ranks.run(f"horovod_cases:{name}", name, seconds=300.0)[0] for name in names
+        }
 
     return run

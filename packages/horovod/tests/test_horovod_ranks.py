@@ -10,7 +10,10 @@ pytestmark = pytest.mark.timeout(400)
 
 @pytest.fixture(scope="module")
 def answers(on_two_ranks):
-    return on_two_ranks("as_ddp", "resumed", "leaves_nothing", "other_world")
+    return on_two_ranks(
+        "as_ddp", "resumed", "leaves_nothing", "other_world", "scaled", "joined",
+        "join_with_weights", "subgroups", "collectives_of_a_step",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("how", ["plain", "clipped", "accumulated", "mixed", "compressed"])
@@ -44,3 +47,41 @@ def test_half_a_window_and_a_closed_strategy_leave_nothing(answers):
 
 def test_a_world_that_horovod_does_not_have_is_refused_with_both_sizes(answers):
     assert answers["other_world"] == ("This is rank 0 of 1, and Horovod has rank 0 of 2.")
+
+
+def test_learning_rates_are_multiplied_by_who_asks_for_it(answers):
+    found = answers["scaled"]
+    assert found["lr"] == pytest.approx(1e-2 * 0.5**4)
+    for name, value in found["by hand"][0].items():
+        assert torch.equal(found["asked"][0][name], value), name
+
+
+def test_ranks_that_join_at_the_end_of_uneven_data_are_equal_again(answers):
+    found = answers["joined"]
+    assert (found["last"], found["equal"], found["equal after"]) == (0, True, True)
+    steps = {float(entry["step"]) for entry in found["state"][1][0]["state"].values()}
+    assert steps == {5.0}
+
+
+def test_joining_with_weights_over_ranks_is_refused(answers):
+    assert answers["join_with_weights"].startswith("join was called with weights over all ranks")
+
+
+def test_a_subgroup_communicates_among_its_ranks_alone(answers):
+    found = answers["subgroups"]
+    assert found["ranks"] == [(0, 1), (0,), (0,)]
+    assert found["sum"].tolist() == [3.0, 3.0]
+    assert found["mean"].tolist() == [1.5, 1.5]
+    assert found["max"].tolist() == [2.0, 2.0]
+    assert [rows.shape[0] for rows in found["rows"]] == [1, 2]
+    assert [int(one) for one in found["scalars"]] == [0, 1]
+    assert found["sent"].tolist() == [2.0, 2.0]
+    assert found["object"] == {"rank": 1}
+    assert found["alone"].tolist() == [1.0, 1.0]
+    assert found["refused"] == [[], [2], [0, 0]]
+    assert "torch.bfloat16" in found["bfloat16"]
+
+
+def test_a_step_sends_what_one_by_hand_does(answers):
+    ours, by_hand = answers["collectives_of_a_step"]
+    assert ours == by_hand == {"allreduce_async_": 3 * 4}

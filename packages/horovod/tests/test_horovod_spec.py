@@ -14,6 +14,7 @@ from drivetrain_interfaces import (
     Feature,
     StepSpec,
     StrategyContext,
+    UnavailableError,
     UnsupportedError,
     World,
 )
@@ -54,7 +55,7 @@ def test_the_name_yields_the_spec():
 
 def test_the_variables_of_horovodrun_make_a_world():
     assert not HOROVOD.detect({})
-    assert HOROVOD.detect(VARIABLES)
+    assert HOROVOD.detect(VARIABLES) == ("HOROVOD_RANK=1", "HOROVOD_SIZE=2")
     world = HOROVOD.world(VARIABLES)
     assert (world.rank, world.size, world.local_rank, world.address) == (1, 2, 1, "127.0.0.1")
     assert world.port == HOROVOD.world({**VARIABLES, "HOROVOD_RANK": "0"}).port
@@ -110,3 +111,31 @@ def test_an_optimizer_with_a_closure_is_refused():
             StepSpec(module, [torch.optim.LBFGS(module.parameters())], lambda m, x: m(x).sum())
         )
     strategy.close()
+
+
+def test_a_library_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "horovod", None)
+    monkeypatch.delitem(sys.modules, "horovod.torch", raising=False)
+    with pytest.raises(UnavailableError, match="Horovod is not installed"):
+        bound()
+
+
+def test_a_library_that_was_built_for_another_torch_is_said_to_be():
+    code = (
+        "import importlib.abc, sys\n"
+        "class Broken(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'horovod.torch':\n"
+        "            raise ImportError('undefined symbol: _ZN3c10')\n"
+        "sys.meta_path.insert(0, Broken())\n"
+        "from drivetrain_interfaces import BrokenPackageError\n"
+        "from drivetrain_horovod.starting import import_horovod\n"
+        "try:\n"
+        "    import_horovod()\n"
+        "except BrokenPackageError as error:\n"
+        "    print(error.message)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert "undefined symbol" in done.stdout

@@ -28,9 +28,10 @@ class HorovodEnvironment:
 
     name = "horovod"
 
-    def detect(self, env: Mapping[str, str]) -> bool:
-        """Whether the variables of ``horovodrun`` are there."""
-        return "HOROVOD_RANK" in env and "HOROVOD_SIZE" in env
+    def detect(self, env: Mapping[str, str]) -> tuple[str, ...]:
+        """The variables of ``horovodrun`` that say how many ranks there are, and which this is."""
+        names = _NEEDED[:2]
+        return tuple(f"{n}={env[n]}" for n in names) if env.keys() >= set(names) else ()
 
     def world(self, env: Mapping[str, str]) -> World:
         """The place of this process. Raises ``ClusterError`` for variables that make no world."""

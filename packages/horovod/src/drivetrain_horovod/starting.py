@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import os
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from drivetrain_interfaces import BrokenPackageError, ClusterError, UnavailableError
+from drivetrain_toolkit.checks import same_version
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,7 +33,7 @@ def import_horovod() -> ModuleType:
     try:
         import horovod.torch as hvd
     except ModuleNotFoundError as error:
-        if error.name != "horovod":
+        if error.name not in {"horovod", "horovod.torch"}:
             raise
         raise UnavailableError(
             "The strategy 'horovod' was asked for, and Horovod is not installed.",
@@ -57,8 +59,11 @@ def start(world: World, collectives: Collectives) -> ModuleType:
     if not hvd.is_initialized():
         if world.size > 1 and "HOROVOD_RANK" not in os.environ:
             _introduce(world, collectives)
+        os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # else there are no sub-groups
         hvd.init()
         atexit.register(hvd.shutdown)
+        if world.size > 1:
+            same_version("Horovod", import_module("horovod").__version__, collectives)
     if hvd.size() != world.size or hvd.rank() != world.rank:
         raise ClusterError(
             f"This is rank {world.rank} of {world.size}, and Horovod has rank {hvd.rank()} of "

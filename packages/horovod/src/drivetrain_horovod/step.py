@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from types import ModuleType
 
     from drivetrain_interfaces import Precision, StepResult, StepSpec, TrainStep
@@ -24,6 +25,7 @@ class Reduction:
         compression: What Horovod sends gradients as.
         precision: The numeric format.
         groups: How many messages parameters are put into; None is Horovod's choice.
+        factor: What learning rates are multiplied by while an update lasts.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class Reduction:
         *,
         compression: Any,
         groups: int | None,
+        factor: int = 1,
     ) -> None:
         names = {id(p): name for name, p in spec.module.named_parameters()}
         self._step = precision.step
+        self._factor = factor
         self._passes = spec.accumulate
         self._wrapped = []
         for number, optimizer in enumerate(spec.optimizers):
@@ -62,7 +66,10 @@ class Reduction:
         for wrapped in self._wrapped:
             wrapped.synchronize()
             wrapped._synchronized = False  # noqa: SLF001 - its own step, which is not used, would do it
-        return self._step(optimizers, prepare)
+        if self._factor == 1:
+            return self._step(optimizers, prepare)
+        with _multiplied(optimizers, self._factor):
+            return self._step(optimizers, prepare)
 
     def discard(self) -> None:
         """Forget the backward passes of half a window."""
@@ -76,6 +83,20 @@ class Reduction:
             wrapped._grad_accs.clear()  # noqa: SLF001 - Horovod has no call for it
             wrapped._handles.clear()  # noqa: SLF001
         self._wrapped = []
+
+
+@contextmanager
+def _multiplied(optimizers: Sequence[Optimizer], factor: int) -> Iterator[None]:
+    """Larger learning rates for one update. Schedulers and saved states have the user's own."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    rates = [group["lr"] for group in groups]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate * factor
+    try:
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 class HorovodStep:

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from drivetrain_interfaces import ConfigurationError, UnsupportedError
 from drivetrain_toolkit.checks import needs_closure
+from drivetrain_toolkit.state import gather_optimizer, restore_optimizers
 from drivetrain_toolkit.steps import make_train_step
 from drivetrain_toolkit.strategies import EagerStrategy
 
+from drivetrain_horovod.collectives import HorovodCollectives, make_subgroup
 from drivetrain_horovod.starting import start
 from drivetrain_horovod.step import HorovodStep, Reduction
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from types import ModuleType
 
-    from drivetrain_interfaces import ManualSpec, ManualStep, StepSpec, StrategyContext, TrainStep
+    from drivetrain_interfaces import (
+        Collectives,
+        ManualSpec,
+        ManualStep,
+        StepSpec,
+        StrategyContext,
+        TrainStep,
+    )
     from torch import nn
     from typing_extensions import Self
 
@@ -32,18 +41,22 @@ class Options:
     Attributes:
         compression: ``"fp16"`` sends gradients in half precision; ``"none"`` as they are.
         groups: How many messages parameters are put into; None is Horovod's choice.
+        scale_learning_rate: Whether updates are made with learning rates multiplied by the number
+            of ranks. Schedulers and saved states keep the rates that the user gave.
     """
 
     compression: str = "none"
     groups: int | None = None
+    scale_learning_rate: bool = False
 
 
 class HorovodStrategy(EagerStrategy):
-    """Data parallel training by Horovod. Learning rates are left as they are.
+    """Data parallel training by Horovod. Learning rates are left as they are unless it is asked.
 
     Args:
         compression: ``"fp16"`` sends gradients in half precision; ``"none"`` as they are.
         groups: How many messages parameters are put into; None is Horovod's choice.
+        scale_learning_rate: Make updates with learning rates multiplied by the number of ranks.
 
     Raises:
         ConfigurationError: An option that there is not, or with a value that there is not.
@@ -54,9 +67,16 @@ class HorovodStrategy(EagerStrategy):
     _hvd: ModuleType
     _reduction: Reduction | None = None
     _step: HorovodStep | None = None
+    _weighs_ranks = False
 
-    def __init__(self, *, compression: str = "none", groups: int | None = None) -> None:
-        self.options = _checked(Options(compression, groups))
+    def __init__(
+        self,
+        *,
+        compression: str = "none",
+        groups: int | None = None,
+        scale_learning_rate: bool = False,
+    ) -> None:
+        self.options = _checked(Options(compression, groups, scale_learning_rate))
 
     def __call__(self, context: StrategyContext) -> Self:
         """A copy that is bound to this process, with Horovod started.
@@ -104,8 +124,14 @@ class HorovodStrategy(EagerStrategy):
         precision = self.context.precision
         compression = getattr(self._hvd.Compression, self.options.compression)
         self._reduction = Reduction(
-            self._hvd, spec, precision, compression=compression, groups=self.options.groups
+            self._hvd,
+            spec,
+            precision,
+            compression=compression,
+            groups=self.options.groups,
+            factor=world.size if self.options.scale_learning_rate else 1,
         )
+        self._weighs_ranks = spec.weight is not None and spec.weight_over_ranks
         step = make_train_step(
             spec,
             precision,
@@ -121,6 +147,49 @@ class HorovodStrategy(EagerStrategy):
         self._release()
         return super().manual_step(spec)
 
+    def subgroup(self, ranks: Sequence[int]) -> Collectives | None:
+        """Communication among some ranks (a process set), for code of a module; all ranks call it.
+
+        Returns:
+            The collectives, or None on a rank that is none of them.
+
+        Raises:
+            ConfigurationError: Ranks that there are not, or not each once.
+        """
+        assert self.context
+        return make_subgroup(self._hvd, ranks)
+
+    def join(self) -> int:
+        """Say that this rank's data has ended, and wait until that of all ranks has.
+
+        Ranks that still train average with zeros for those that joined. At the end every rank takes
+        over what the last one has, so that they are equal again. Every rank calls it, once, after
+        its last step.
+
+        Returns:
+            The rank whose data ended last.
+
+        Raises:
+            UnsupportedError: Weights are over all ranks, which is a message that a joined rank does
+                not answer.
+        """
+        if self._weighs_ranks:
+            raise UnsupportedError(
+                "join was called with weights over all ranks, whose sum those that joined would "
+                "not answer.",
+                "Weigh microbatches on each rank alone, or give ranks equally many.",
+            )
+        module = self._prepared()
+        last: int = self._hvd.join()
+        everyone = HorovodCollectives(self._hvd)
+        with torch.no_grad():
+            for tensor in [*module.parameters(), *module.buffers()]:
+                tensor.copy_(everyone.broadcast(tensor, last))
+        mine = [gather_optimizer(each, module) for each in self._optimizers]
+        state = everyone.broadcast_object(mine if self.context.world.rank == last else None, last)
+        restore_optimizers(self._optimizers, module, state, strict=True)
+        return last
+
     def close(self) -> None:
         """Take Horovod's hooks off the parameters, and release the device."""
         self._release()
@@ -128,11 +197,11 @@ class HorovodStrategy(EagerStrategy):
 
     def _configure(self, options: Mapping[str, Any]) -> None:
         try:
-            self.options = _checked(Options(**{"compression": self.options.compression, **options}))
+            self.options = _checked(replace(self.options, **options))
         except TypeError as error:
             raise ConfigurationError(
                 f"The strategy 'horovod' was given the options {sorted(options)}; it takes "
-                "['compression', 'groups'].",
+                "['compression', 'groups', 'scale_learning_rate'].",
                 "Leave out the others.",
             ) from error
 

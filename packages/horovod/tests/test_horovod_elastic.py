@@ -1,0 +1,60 @@
+"""An elastic run over gloo that loses a host, on two made-up hosts of this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from drivetrain_interfaces import ConfigurationError
+
+SCRIPT = Path(__file__).parent / "ranks/horovod_elastic.py"
+PATIENCE = 200.0
+
+
+def batch_of(epoch):
+    generator = torch.Generator().manual_seed(epoch)
+    return torch.randn(8, 4, generator=generator), torch.randn(8, 1, generator=generator)
+
+
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_with_the_ranks_that_are_left(tmp_path):
+    hosts = tmp_path / "hosts.sh"
+    hosts.write_text("#!/bin/sh\necho localhost:1\necho 127.0.0.1:1\n")
+    hosts.chmod(0o755)
+    done = subprocess.run(
+        [
+            Path(sys.executable).with_name("horovodrun"), "-np", "2", "--min-np", "1",
+            "--max-np", "2", "--gloo", "--host-discovery-script", hosts, sys.executable, SCRIPT,
+            tmp_path,
+        ],
+        cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    assert (tmp_path / "end.pt").exists(), done.stdout + done.stderr
+    found = torch.load(tmp_path / "end.pt", weights_only=False)
+    assert [epoch for epoch, _, _ in found["seen"]] == [0, 1, 2, 3, 4, 5]
+    assert [size for _, size, _ in found["seen"]] == [2, 2, 1, 1, 1, 1]
+    torch.manual_seed(0)
+    module = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    for epoch, _, loss in found["seen"]:
+        features, targets = batch_of(epoch)
+        wanted = (module(features) - targets).square().mean()
+        assert loss == pytest.approx(wanted.item(), rel=1e-5)
+        wanted.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in module.state_dict().items():
+        assert torch.allclose(found["module"][name], value, atol=1e-6, rtol=0), name
+    assert set(found["steps"]) == {6.0}
+
+
+def test_a_value_with_a_name_of_the_states_own_is_refused():
+    from drivetrain_horovod.elastic import ElasticState
+
+    with pytest.raises(ConfigurationError, match=r"\['world'\]"):
+        ElasticState(lambda strategy: None, world=3)
