@@ -114,7 +114,7 @@ def install_apart(session: nox.Session, name: str, *more: str) -> None:
     ``[tool.drivetrain.recipe]`` says how: ``pins`` are exact versions that take the place of those
     in ``ci/constraints.txt``; those whose names are in ``bare`` come first, without what they
     depend on, and ``script`` then puts something else in its place. ``built`` are built where torch
-    and ``tools`` are there already, and ``env`` are variables for what is built.
+    and ``tools`` are there already, with ``programs``, and ``env`` are variables for what is built.
     """
     recipe = PROJECTS[name]["tool"]["drivetrain"].get("recipe", {})
     pins = {pin.partition("==")[0]: pin for pin in recipe.get("pins", [])}
@@ -128,11 +128,36 @@ def install_apart(session: nox.Session, name: str, *more: str) -> None:
     tools, env = recipe.get("tools", []), recipe.get("env")
     if built := recipe.get("built", []):
         session.install("-q", "-c", str(constraints), *tools, "torch")
-        # A wheel that was built for another torch would come out of pip's cache without a word.
-        build = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "-c", str(constraints))
-        session.install(*build, *built, env=env)
+        session.install("-q", "--no-deps", *wheels_of(session, built, recipe, constraints))
     session.install("-q", "-c", str(constraints), *TEST_TOOLS, *tools, *more, env=env)
     session.run("python", "-m", "pip", "check")
+
+
+def wheels_of(
+    session: nox.Session, built: list[str], recipe: dict[str, Any], constraints: Path
+) -> list[str]:
+    """Wheels of what a recipe builds, made once for each torch, Python and recipe.
+
+    They are kept outside the tree, in ``~/.cache/drivetrain/built``; remove the folder to build
+    again. pip's own cache would hand out a wheel that was built for another torch without a word.
+    """
+    about = "import platform, torch; print(torch.__version__, *platform.python_version_tuple()[:2])"
+    versions = str(session.run("python", "-c", about, silent=True)).split()
+    env: dict[str, str] = recipe.get("env", {})
+    texts = (*versions, sys.platform, os.uname().machine, *built, *map(str, env.items()))
+    key = f"{versions[0]}-{hashlib.sha256(chr(0).join(texts).encode()).hexdigest()[:16]}"
+    home = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
+    folder = Path(home, "drivetrain", "built", key)
+    if not folder.is_dir():
+        missing = [each for each in recipe.get("programs", []) if not shutil.which(each)]
+        if missing:
+            session.error(f"{' and '.join(built)} needs {' and '.join(missing)} to be built")
+        draft = folder.with_name(f"{key}.draft")
+        shutil.rmtree(draft, ignore_errors=True)
+        build = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "-c", str(constraints))
+        session.run("python", "-m", "pip", "wheel", "-w", str(draft), *build, *built, env=env)
+        draft.rename(folder)
+    return sorted(map(str, folder.glob("*.whl")))
 
 
 def run_tests(session: nox.Session, python: str, name: str, *options: str) -> None:
@@ -174,7 +199,7 @@ def tests(session: nox.Session, name: str) -> None:
     python = "python"
     local = ["interfaces", *(["toolkit"] if uses_torch(name) else []), name]
     if own_environment(name):
-        engine = ["cpu"] if name in ENGINES else []
+        engine = ["cpu", "conformance"] if name in ENGINES else []
         install_apart(session, name, *editable([*local, "trainer", "cpu", *engine]))
     elif tested_with_torch(name):
         python = shared_python(session)
