@@ -95,7 +95,7 @@ def read_native(
 
     Raises:
         NotFoundError: There is no such checkpoint.
-        CheckpointError: It was not declared to be trusted, or cannot be read.
+        CheckpointError: It was not declared to be trusted, is universal, or cannot be read.
     """
     found = find(folder, tag)
     check_trusted(found.path, trusted=trusted)
@@ -108,12 +108,11 @@ def read_native(
                 found.path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False
             )
             return {name: value.float() for name, value in states["module"].items()}
-    if found.universal:
-        with _named(found.path):
-            return {
-                each.parent.name: torch.load(each, map_location="cpu", weights_only=False)["param"]
-                for each in sorted(found.path.glob("zero/*/fp32.pt"))
-            }
+    if found.universal:  # its files have no shapes
+        raise CheckpointError(
+            f"The whole weights of {str(found.path)!r} were to be read, which is universal.",
+            "Read the checkpoint that it was made from.",
+        )
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with _named(found.path), _quietly():
