@@ -589,6 +589,30 @@ def test_one_rank_that_a_signal_ends_stops_the_run(fail: Callable[..., Ended]) -
     assert "SIGTERM ended one of its processes" in done.err
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_that_lost_one_which_a_signal_had_ended_is_no_failure(
+    fail: Callable[..., Ended], launcher: str, first: int
+) -> None:
+    """N12: whichever of the two is noticed first."""
+    done = fail(
+        launcher,
+        f"""
+        processes.GRACE = 60.0
+        def main(world):
+            flag = os.path.join(os.environ["DRIVETRAIN_FAILURES"], "flag")
+            while world.rank != {first} and not os.path.exists(flag):
+                time.sleep(0.01)
+            open(flag, "w").close()
+            if world.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+        """,
+    )
+    assert done.code == 143
+    assert "ProcessFailedError" not in done.err
+
+
 @pytest.mark.parametrize(
     ("error", "stop"),
     [

@@ -17,7 +17,7 @@ from contextlib import suppress
 from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from drivetrain_toolkit.failures import STOP_CODES, Failure, first_of
+from drivetrain_toolkit.failures import CONSEQUENCE, STOP_CODES, Failure, first_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -137,6 +137,15 @@ class Supervisor:
     def first(self) -> Failure | None:
         """The failure that explains the others, so far."""
         return first_of(self.problems.values())
+
+    @property
+    def news(self) -> list[Failure]:
+        """The failures that a run is to be blamed for.
+
+        Where it was stopped, a rank that lost those which had ended already is not among them.
+        """
+        stop = self.stopping or bool(self.stopped_by)
+        return [each for each in self.problems.values() if not stop or each.weight != CONSEQUENCE]
 
     @property
     def ending_for(self) -> float:

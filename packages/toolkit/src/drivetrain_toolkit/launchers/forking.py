@@ -213,8 +213,8 @@ class Family:
                 self._watch(noted.receiving)
             finally:
                 self._end()
-        if self._supervisor.problems:
-            raise process_failed(self._supervisor.problems.values(), self._plan.worlds[0].size)
+        if news := self._supervisor.news:
+            raise process_failed(news, self._plan.worlds[0].size)
         return self._outcome()
 
     def _start(self, noted: _Signals) -> None:

@@ -223,7 +223,7 @@ class ScriptRun:
             supervisor.wait(REPORTS)
             supervisor.tick()
         self._close()
-        if supervisor.stopped_by and not self._raised and not supervisor.problems:
+        if supervisor.stopped_by and not self._raised and not supervisor.news:
             _exit_saying(stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
         if supervisor.problems and not self._raised and not supervisor.stopping:
             _exit_with(process_failed(supervisor.problems.values(), self._size))
@@ -269,9 +269,9 @@ class _Watchdog:
             supervisor.tick()
             if supervisor.ending_for >= HARD and not supervisor.live:
                 supervisor.directory.remove()
-                if supervisor.problems:
-                    _exit_with(process_failed(supervisor.problems.values(), self._size))
-                _exit_saying(stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
+                if supervisor.stopped_by and not supervisor.news:
+                    _exit_saying(stopped(supervisor.stopped_by), 128 + supervisor.stopped_by)
+                _exit_with(process_failed(supervisor.problems.values(), self._size))
 
 
 @dataclass(frozen=True, slots=True)
