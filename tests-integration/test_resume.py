@@ -307,7 +307,11 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(2, 1), (1, 2), pytest.param(4, 2, marks=pytest.mark.slow)],
+    ids=["2-to-1", "1-to-2", "4-to-2"],
+)
 def test_another_number_of_ranks_sees_exactly_what_was_unseen(
     tmp_path: Path, before: int, after: int
 ) -> None:

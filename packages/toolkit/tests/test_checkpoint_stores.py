@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from drivetrain_interfaces.checkpoint import SaveGroup, Shard
-from drivetrain_interfaces.errors import CheckpointError, ConfigurationError, StorageError
+from drivetrain_interfaces.errors import CheckpointError, StorageError
 
 from drivetrain_toolkit import objectstore
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
@@ -171,6 +171,25 @@ def test_what_is_saved_comes_back(place: tuple[DirectoryCheckpointIO, str, Any])
     io.remove(f"{url}/a.ckpt")
     io.remove(f"{url}/a.ckpt")
     assert names(fs, url) == []
+
+
+@pytest.mark.parametrize("form", ["torch", "safetensors"])
+def test_single_files_of_a_store_are_written_and_read(
+    place: tuple[DirectoryCheckpointIO, str, Any], tmp_path: Path, form: str
+) -> None:
+    io, url, fs = place
+    saved, single = f"{url}/{form}.ckpt", f"{url}/{form}.file"
+    io.save({"module": {"w": torch.arange(5.0)}}, saved)
+    assert io.convert(saved, single, form) == []
+    assert names(fs, single) == [f"{form}.file"]
+    assert io.inspect(single).form == form
+    assert io.inspect(single).path == single
+    again = str(tmp_path / "again.ckpt")
+    io.convert(single, again, "directory")
+    assert io.diff(single, again) == []
+    assert io.read_file(single).keys() == io.load(again).keys()
+    with pytest.raises(CheckpointError, match="something already"):
+        io.convert(saved, single, form)
 
 
 def test_replacing_never_shows_a_half(
@@ -336,5 +355,3 @@ def test_urls_of_this_machine_and_unknown_ones(tmp_path: Path) -> None:
     assert io.load(str(tmp_path / "x"))["n"] == 4
     with pytest.raises(StorageError, match="a kind that fsspec does not know"):
         io.save(tree(), "nosuch://bucket/x")
-    with pytest.raises(ConfigurationError, match="copy that"):
-        io.convert(str(tmp_path / "x"), "memory://x.pt", "torch")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import metadata
@@ -237,16 +238,16 @@ class DirectoryCheckpointIO:
             StorageError: A file cannot be read or written.
         """
         source, target = _full(source), _full(target)
-        _check_conversion(target, form)
+        self._check_conversion(target, form)
         tree, left_out = without_refused(self._any(source), source)
         if form == DIRECTORY:
             self.save(tree, target)
             return left_out
-        with _storage("written", target):
+        with _storage("written", target), self._delivered(target) as file:
             if form == SAFETENSORS:
-                return [*left_out, *write_safetensors(target, tree)]
+                return [*left_out, *write_safetensors(file, tree)]
             staged = stage(tree, self._codecs)
-            write_torch(target, staged.state, staged.shelf.tensors, self._codecs)
+            write_torch(file, staged.state, staged.shelf.tensors, self._codecs)
         return left_out
 
     def read_file(self, path: str) -> dict[str, Any]:
@@ -257,8 +258,8 @@ class DirectoryCheckpointIO:
             StorageError: It cannot be read.
         """
         path = _full(path)
-        with _storage("read", path):
-            return read_single(path, self._codecs)
+        with _storage("read", path), self._fetched(path) as file:
+            return read_single(file, self._codecs)
 
     def prune(self, directory: str, keep: int) -> Sequence[str]:
         """Remove all but the ``keep`` newest that are whole, once these have been verified.
@@ -316,17 +317,63 @@ class DirectoryCheckpointIO:
         return tree
 
     def _is_single(self, path: str) -> bool:
-        return "://" not in path and os.path.isfile(path)
+        store = self._store(path)
+        return store.is_file(path) if isinstance(store, ObjectStore) else os.path.isfile(path)
+
+    @contextmanager
+    def _fetched(self, path: str) -> Iterator[str]:
+        """A single file as one of this machine, for as long as it is being read."""
+        store = self._store(path)
+        if not isinstance(store, ObjectStore):
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="drivetrain-") as folder:
+            file = os.path.join(folder, path.rpartition("/")[2])
+            store.fetch(path, file)
+            yield file
+
+    @contextmanager
+    def _delivered(self, path: str) -> Iterator[str]:
+        """Where to write a single file, that it goes to ``path`` once it is complete."""
+        store = self._store(path)
+        if not isinstance(store, ObjectStore):
+            yield path
+            return
+        with tempfile.TemporaryDirectory(prefix="drivetrain-") as folder:
+            file = os.path.join(folder, path.rpartition("/")[2])
+            yield file
+            store.put(file, path)
+
+    def _check_conversion(self, target: str, form: str) -> None:
+        if form not in (DIRECTORY, TORCH, SAFETENSORS):
+            raise ConfigurationError(
+                f"A checkpoint was to be converted to the form {form!r}.",
+                f"Use one of {DIRECTORY!r}, {TORCH!r} and {SAFETENSORS!r}.",
+            )
+        with _storage("written", target):
+            store = self._store(target)
+            if isinstance(store, ObjectStore):
+                taken = store.exists(target)
+            else:
+                taken = os.path.lexists(target)
+        if taken:
+            raise CheckpointError(
+                f"A checkpoint was to be converted to {target!r}, where there is something "
+                "already.",
+                "Choose another path, or remove it first.",
+            )
 
     def _any(self, path: str) -> dict[str, Any]:
         return self.read_file(path) if self._is_single(path) else self.load(path)
 
     def _facts_of_file(self, path: str) -> CheckpointFacts:
-        staged = self._staged_file(path)
+        with self._fetched(path) as file:
+            staged = self._staged_file(file)
+            form, size = form_of(file), os.path.getsize(file)
         return CheckpointFacts(
             path,
-            form_of(path),
-            files={os.path.basename(path): os.path.getsize(path)},
+            form,
+            files={os.path.basename(path): size},
             tensors={
                 name: TensorEntry(dtype_name(each.dtype), tuple(each.shape))
                 for name, each in staged.shelf.tensors.items()
@@ -341,7 +388,8 @@ class DirectoryCheckpointIO:
         self._await_pending(path)
         with _storage("read", path):
             if self._is_single(path):
-                staged = self._staged_file(path)
+                with self._fetched(path) as file:
+                    staged = self._staged_file(file)
                 return Content(staged.state, staged.shelf.tensors)
             source = self._store(path).open(path)
             manifest = read_manifest(source)
@@ -446,24 +494,6 @@ def _facts(source: Source) -> CheckpointFacts:
         },
         values=values_of(parse_state(source, manifest)),
     )
-
-
-def _check_conversion(target: str, form: str) -> None:
-    if form not in (DIRECTORY, TORCH, SAFETENSORS):
-        raise ConfigurationError(
-            f"A checkpoint was to be converted to the form {form!r}.",
-            f"Use one of {DIRECTORY!r}, {TORCH!r} and {SAFETENSORS!r}.",
-        )
-    if "://" in target and form != DIRECTORY:
-        raise ConfigurationError(
-            f"A checkpoint was to be converted to the single file {target!r} in a store.",
-            "Convert it to a file of this machine, and copy that.",
-        )
-    if "://" not in target and os.path.lexists(target):
-        raise CheckpointError(
-            f"A checkpoint was to be converted to {target!r}, where there is something already.",
-            "Choose another path, or remove it first.",
-        )
 
 
 def _problems(source: Source) -> list[str]:

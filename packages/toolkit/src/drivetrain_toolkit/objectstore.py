@@ -221,6 +221,23 @@ class ObjectStore:
             if entry["type"] == "directory"
         ]
 
+    def is_file(self, path: str) -> bool:
+        """Whether one object has exactly this name."""
+        return bool(again(lambda: self._fs.isfile(self._key(path))))
+
+    def exists(self, path: str) -> bool:
+        """Whether there is anything, an object or what looks like a folder."""
+        self._fs.invalidate_cache()  # others write too
+        return bool(again(lambda: self._fs.exists(self._key(path))))
+
+    def fetch(self, path: str, target: str) -> None:
+        """Copy an object to a file of this machine."""
+        again(lambda: self._fs.get_file(self._key(path), target))
+
+    def put(self, source: str, path: str) -> None:
+        """Copy a file of this machine to an object, which appears as a whole."""
+        again(lambda: self._fs.put_file(source, self._key(path)))
+
     def _key(self, path: str) -> str:
         return str(self._fs._strip_protocol(path)).rstrip("/")  # noqa: SLF001 - fsspec's way
 
