@@ -437,6 +437,13 @@ def mutants(session: nox.Session) -> None:
     session.run(shared_python(session), "ci/untested.py", external=True)
 
 
+@nox.session(venv_backend="none", default=False)
+def ipu_rules(session: nox.Session) -> None:
+    """Turn off each rule of the simulated PopTorch, and see that a test of the package notices."""
+    runner = f"{FOLDER}/ipu/tests/run_rules.py"
+    session.run(shared_python(session), runner, *session.posargs, external=True)
+
+
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Run the code blocks of every page, and check the links between pages."""

@@ -27,6 +27,8 @@ class DeviceFacts:
         indexed: Whether devices have an index (``acme:1``) or not (``cpu``).
         eager: Whether torch runs these devices operation by operation and ``torch.distributed``
             serves them, so that a strategy that was written for ``EAGER`` devices works here.
+        own_strategies: Whether only the backend's own strategies run here, whatever others say of
+            the device type: where tensors are on the host and what computes is somewhere else.
         process_launcher: Where ``several_devices_launcher`` is ``"none"``, the launcher of those
             strategies that want a process for each device all the same; empty if there is none.
     """
@@ -41,6 +43,7 @@ class DeviceFacts:
     default_devices: int = 0
     indexed: bool = True
     eager: bool = False
+    own_strategies: bool = False
     process_launcher: str = ""
 
 

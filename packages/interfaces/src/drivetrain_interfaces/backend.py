@@ -102,6 +102,8 @@ class StrategySpec:
 
     def runs_on(self, facts: DeviceFacts) -> bool:
         """Whether it runs on a family of devices with these facts."""
+        if facts.own_strategies:
+            return False
         return facts.device_type in self.device_types or (
             facts.eager and EAGER in self.device_types
         )

@@ -39,6 +39,7 @@ FACTS = DeviceFacts(
     interactive_launcher="none",
     default_devices=1,
     indexed=False,
+    own_strategies=True,
 )
 
 #: What a program that holds forward, backward and update can do. It calls no user code, and the

@@ -10,7 +10,6 @@ from drivetrain_ipu import STRATEGY
 from drivetrain_ipu.accelerator import IpuAccelerator
 from drivetrain_ipu.checkpoint import make_checkpoint_io
 from drivetrain_ipu.collectives import make_collectives
-from drivetrain_ipu.launcher import PoprunLauncher
 from drivetrain_ipu.precision import make_precision
 from drivetrain_ipu.strategy import IpuStrategy
 
@@ -52,8 +51,8 @@ class IpuBackend:
         return IpuStrategy()(context)
 
     def launcher(self, name: str) -> Launcher | None:
-        """``poprun``; None for other names."""
-        return PoprunLauncher() if name == "poprun" else None
+        """None for every name: replicas need no processes, and ``PoprunLauncher`` is an object."""
+        return None
 
     def checkpoint_io(self) -> CheckpointIO:
         """Checkpoints as directories, written from the host."""

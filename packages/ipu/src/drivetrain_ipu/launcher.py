@@ -20,7 +20,8 @@ class PoprunLauncher:
     """Runs this script again under ``poprun``, once for each instance.
 
     The replicas of all instances train one model; ``devices=`` is then the number of replicas of
-    one. In the processes that it starts, the trainer attaches to what ``poprun`` set up.
+    one. It is called by a script that starts another one: a trainer in what ``poprun`` started
+    attaches by itself, and needs no launcher.
 
     Args:
         instances: Processes, in all.

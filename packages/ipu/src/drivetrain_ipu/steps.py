@@ -40,7 +40,7 @@ class IpuTrainStep:
         optimizer: The one there is, on both sides.
     """
 
-    #: User code runs while the first call traces it, and never again.
+    #: While the first call traces it, and never again; the trainer asks for it.
     runs_user_code_once = True
 
     def __init__(

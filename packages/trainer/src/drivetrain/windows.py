@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from drivetrain_interfaces import UserCodeError
@@ -20,6 +20,19 @@ if TYPE_CHECKING:
     from drivetrain.module import Module
 
 
+@runtime_checkable
+class RunsUserCodeOnce(Protocol):
+    """A train step that runs the user's loss while it is traced, for the first batch, and no more.
+
+    Python values that the code saw or kept then are those of no batch.
+    """
+
+    @property
+    def runs_user_code_once(self) -> bool:
+        """Whether it does."""
+        ...
+
+
 class AutomaticWindow:
     """Forward, backward and update by the strategy; the user's code only computes the loss.
 
@@ -33,7 +46,7 @@ class AutomaticWindow:
     def __init__(
         self, module: Module, feed: Callable[[Any], Any], metrics: Metrics, *, keep: bool
     ) -> None:
-        self.step: TrainStep
+        self._traced = False
         self.index = 0
         self.feed = feed
         self.metrics = metrics
@@ -43,9 +56,20 @@ class AutomaticWindow:
         self._count = 1
         self._outputs: list[Any] = []
 
+    @property
+    def step(self) -> TrainStep:
+        """The strategy's step, which calls ``loss``."""
+        return self._step
+
+    @step.setter
+    def step(self, step: TrainStep) -> None:
+        self._step = step
+        self._traced = isinstance(step, RunsUserCodeOnce) and step.runs_user_code_once
+
     def loss(self, _module: nn.Module, batch: Any) -> torch.Tensor:
         """The user's loss of one microbatch; called by the strategy."""
-        output = self._training_step(batch, self.index)
+        index = UNKNOWN_INDEX if self._traced else self.index
+        output = self._training_step(batch, index)
         if output.__class__ is torch.Tensor and not self._keep:
             return output
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -68,16 +92,36 @@ class AutomaticWindow:
             batch = window[0]
             self.index = first
             self.metrics.batch = batch
-            return self.step((self.feed(batch),))
-        return self.step(_Microbatches(window, first, self))
+            return self._step((self.feed(batch),))
+        return self._step(_Microbatches(window, first, self))
 
     def outputs(self, result: StepResult | None) -> list[Any]:
         """What the user's step returned for each batch of the last window."""
         # An optimizer with a closure evaluates several times; the last evaluation counts. A
         # compiled step may run the user's code only once, and then only the loss is known.
-        if len(self._outputs) < self._count:
+        if self._traced or len(self._outputs) < self._count:
             return [{"loss": result.loss if result else None}] * self._count
         return self._outputs[-self._count :]
+
+
+class _UnknownIndex:
+    """The number of a batch, where user code is run for one batch and used for all."""
+
+
+def _refuse_index(*_: Any) -> Any:
+    raise UserCodeError(
+        "training_step reads its batch_idx, and the strategy runs it once, for all batches.",
+        "Leave batch_idx alone there; hooks such as on_train_batch_end get it.",
+    )
+
+
+for _name in (
+    *("index", "int", "float", "bool", "hash", "str", "repr", "format"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "neg", "add", "sub", "mul", "truediv", "floordiv"),
+    *("mod", "pow", "radd", "rsub", "rmul", "rtruediv", "rfloordiv", "rmod", "rpow"),
+):
+    setattr(_UnknownIndex, f"__{_name}__", _refuse_index)
+UNKNOWN_INDEX = _UnknownIndex()
 
 
 class _Microbatches(Collection[Any]):

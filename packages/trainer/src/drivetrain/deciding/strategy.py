@@ -113,6 +113,8 @@ def _strategy_verdict(
 ) -> str:
     if strategy is None:
         return f"skipped: {problem}"
+    if spec.facts.own_strategies:
+        return f"{spec.name} runs its own only"
     if not strategy.runs_on(spec.facts):
         return f"runs on {listed(strategy.device_types)} only"
     return "fits"
@@ -142,10 +144,13 @@ def _find_strategy(draft: Draft, spec: BackendSpec, name: str, by: str) -> Engin
         draft.refuse(entry.problem)
         return None
     if not entry.spec.runs_on(spec.facts):
+        has = f"{spec.name!r} has {spec.facts.device_type!r} devices"
+        if spec.facts.own_strategies:
+            has = f"{spec.name!r} runs its own strategies only"
         draft.refuse(
             UnsupportedError(
                 f"{by} was asked for; {entry.owner} runs on {listed(entry.spec.device_types)} "
-                f"devices, and {spec.name!r} has {spec.facts.device_type!r} devices.",
+                f"devices, and {has}.",
                 f"Use another accelerator, or a strategy of {spec.name!r}: "
                 f"{listed(spec.strategies)}.",
             ),

@@ -1,0 +1,199 @@
+"""The trainer on a simulated IPU: loops, logs, checkpoints, refusals, and a CPU's numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAKE = Path(__file__).parents[1] / "packages/ipu/tests/fake_sdk"
+SCRIPT = """
+import json, sys
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from drivetrain import Module, Trainer, seed_everything
+
+class Net(Module):
+    def __init__(self):
+        super().__init__()
+        layers = torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
+        self.net = torch.nn.Sequential(*layers)
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = (self.net(batch[0]) - batch[1]).square().mean()
+        self.log("loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", (self.net(batch[0]) - batch[1]).square().mean())
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+def main(accelerator, options):
+    seed_everything(1)
+    features = torch.randn(64, 4)
+    data = TensorDataset(features, features.sum(1, keepdim=True))
+    resume = options.pop("resume", None)
+    net = Net()
+    trainer = Trainer(accelerator=accelerator, logger=False, enable_progress_bar=False,
+                      enable_model_summary=False, **options)
+    trainer.fit(net, DataLoader(data, batch_size=8, shuffle=True), DataLoader(data, batch_size=8),
+                ckpt_path=resume)
+    total = sum(float(p.detach().double().abs().sum()) for p in net.parameters())
+    if trainer.is_global_zero:
+        told = {k: float(v) for k, v in trainer.callback_metrics.items()}
+        print(json.dumps({"losses": net.losses, "total": total, "told": told,
+                          "steps": trainer.global_step}))
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs the script of this file on an accelerator; returns what it said, or its complaint."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+
+    def run(accelerator, env=None, **options):
+        options = {"max_epochs": 2, "default_root_dir": str(tmp_path), **options}
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-W",
+                "error::UserWarning",
+                str(path),
+                accelerator,
+                json.dumps(options),
+            ],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(FAKE),
+                "IPUOF_VIPU_API_PARTITION_ID": "simulated",
+                **(env or {}),
+            },
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        if done.returncode:
+            return done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def same(one, other):
+    assert one["steps"] == other["steps"]
+    assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
+    assert one["total"] == pytest.approx(other["total"], rel=1e-6)
+    assert one["told"] == pytest.approx(other["told"], rel=1e-5)
+
+
+def test_the_same_script_gives_the_same_losses(script):
+    same(
+        script("ipu", enable_checkpointing=False, devices=2),
+        script("cpu", enable_checkpointing=False),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gradient_clip_val": 1.0}, "gradient_clip_val"),
+        ({"strategy": "ddp"}, "ddp"),
+        ({"precision": "bf16-mixed"}, "bf16-mixed"),
+        ({"devices": [0, 1]}, "number of replicas"),
+    ],
+    ids=["clip", "strategy", "precision", "devices"],
+)
+def test_what_a_program_cannot_do_is_refused_by_name(script, options, words):
+    told = script("ipu", enable_checkpointing=False, **options)
+    assert isinstance(told, str)
+    assert words in told
+
+
+def test_hooks_manual_optimization_and_batch_numbers_are_refused_by_name(tmp_path):
+    code = (
+        SCRIPT.partition("def main")[0]
+        + """
+from drivetrain_interfaces import DrivetrainError
+
+class Hook(Net):
+    def on_after_backward(self): ...
+
+class Manual(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+class Two(Net):
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.parameters(), 0.1), torch.optim.SGD(self.parameters(), 0.1)]
+
+class Reads(Net):
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) * (batch_idx + 1)
+
+data = DataLoader(TensorDataset(torch.ones(8, 4), torch.ones(8, 1)), batch_size=4)
+for kind in (Hook, Manual, Two, Reads):
+    trainer = Trainer(accelerator="ipu", max_epochs=1, logger=False, enable_progress_bar=False,
+                      enable_checkpointing=False, enable_model_summary=False)
+    try:
+        trainer.fit(kind(), data)
+        print(kind.__name__, "went on")
+    except DrivetrainError as error:
+        print(kind.__name__, str(error).replace(chr(10), " "))
+"""
+    )
+    path = tmp_path / "refusals.py"
+    path.write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(FAKE), "IPUOF_VIPU_API_PARTITION_ID": "simulated"}
+    done = subprocess.run(
+        [sys.executable, str(path)], env=env, capture_output=True, text=True, timeout=100,
+        check=False,
+    )  # fmt: skip
+    told = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert "on_after_backward" in told["Hook"], done.stderr
+    assert "manual" in told["Manual"].lower()
+    assert "optimizers" in told["Two"]
+    assert "batch_idx" in told["Reads"]
+
+
+def test_instances_of_poprun_train_one_model(tmp_path):
+    """Two real processes with the variables that ``poprun`` sets against one."""
+    path = tmp_path / "script.py"
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAKE)}
+    options = json.dumps({"max_epochs": 1, "enable_checkpointing": False})
+
+    def start(accelerator, rows, **env):
+        path.write_text(SCRIPT.replace("batch_size=8, shuffle=True", "batch_size=int(sys.argv[3])"))
+        return subprocess.Popen(
+            [sys.executable, str(path), accelerator, options, str(rows)],
+            env={**base, **env},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    told = {"POPDIST_NUM_TOTAL_REPLICAS": "2", "POPDIST_NUM_LOCAL_REPLICAS": "1"}
+    told |= {"POPDIST_NUM_IPUS_PER_REPLICA": "1", "PMIX_NAMESPACE": str(tmp_path)}
+    places = ("POPDIST_REPLICA_INDEX_OFFSET", "POPDIST_LOCAL_INSTANCE_INDEX")
+    ranks = [start("ipu", 4, **told, **dict.fromkeys(places, str(rank))) for rank in range(2)]
+    outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
+    alone = start("cpu", 8).communicate(timeout=100)[0]
+    found, wanted = (json.loads(text.splitlines()[-1]) for text in (outputs[0], alone))
+    assert found["steps"] == wanted["steps"] == 8
+    assert found["total"] == pytest.approx(wanted["total"], rel=1e-5)
