@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from drivetrain import Callback, Module, Trainer, seed_everything
 from drivetrain.callbacks import ModelCheckpoint
+from drivetrain_interfaces import ProcessFailedError
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
 from torch import nn
 from training_parts import Regression, loader
@@ -24,7 +28,9 @@ QUIET: dict[str, Any] = {
 TWO: dict[str, Any] = {**QUIET, "devices": 2, "launcher": "fork"}
 
 
-def fitted(folder: Path, strategy: str, resume: Path | None = None, **saver: Any) -> Regression:
+def fitted(
+    folder: Path, strategy: str, resume: Path | str | None = None, **saver: Any
+) -> Regression:
     seed_everything(3)
     module = Regression()
     callbacks = [ModelCheckpoint(folder, "{step}", save_top_k=-1, **saver)]
@@ -32,6 +38,43 @@ def fitted(folder: Path, strategy: str, resume: Path | None = None, **saver: Any
         module, loader(), ckpt_path=resume
     )
     return module
+
+
+class DyingIO(DirectoryCheckpointIO):
+    """Kills the process of one rank when it is to write its part of one save."""
+
+    def __init__(self, rank: int, save: int) -> None:
+        super().__init__()
+        self.rank, self.save_number, self.saves = rank, save, 0
+
+    def save_sharded(self, tree: Any, path: str, group: Any) -> None:
+        self.saves += 1
+        if group.rank == self.rank and self.saves == self.save_number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().save_sharded(tree, path, group)
+
+
+def test_a_rank_that_is_killed_while_all_save_leaves_what_was_saved_before(tmp_path: Path) -> None:
+    """The others end soon, and the run goes on from the last one that is whole."""
+    straight = fitted(tmp_path / "straight", "fsdp", every_n_train_steps=2)
+    for rank in range(2):
+        folder = tmp_path / str(rank)
+        seed_everything(3)
+        saver = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=2)
+        trainer = Trainer(
+            max_epochs=2, strategy="fsdp", callbacks=[saver], plugins=[DyingIO(rank, 3)], **TWO
+        )
+        begin = time.monotonic()
+        with pytest.raises(ProcessFailedError, match=f"rank {rank}"):
+            trainer.fit(Regression(), loader())
+        assert time.monotonic() - begin < 300  # a save waits 600 s for who is silent
+        assert {path.name for path in folder.glob("*.ckpt")} == {"step=2.ckpt", "step=4.ckpt"}
+        io = DirectoryCheckpointIO()
+        assert all(io.verify(str(path)) == [] for path in folder.glob("*.ckpt"))
+        resumed = fitted(folder, "fsdp", resume="last", every_n_train_steps=2)
+        for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(one, other)
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 def files(path: Path) -> set[str]:

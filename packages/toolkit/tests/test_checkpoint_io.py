@@ -618,3 +618,20 @@ def test_an_interrupted_save_cleans_up(
     with pytest.raises(KeyboardInterrupt):
         io.save(tree(), str(tmp_path / "a.ckpt"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_swapped_by_a_link_while_it_is_read_stays_the_same(
+    io: DirectoryCheckpointIO, tmp_path: Path
+) -> None:
+    """K6: what was opened is read to its end, wherever the name leads by then."""
+    io.save({"w": torch.ones(3)}, str(tmp_path / "a"))
+    io.save({"w": torch.zeros(3)}, str(tmp_path / "b"))
+    opened = io.open(str(tmp_path / "a"))
+    os.rename(tmp_path / "a", tmp_path / "moved")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    assert torch.equal(opened["w"].read(), torch.ones(3))
+    assert torch.equal(io.load(str(tmp_path / "a"))["w"], torch.zeros(3))
+    (tmp_path / "b" / TENSORS).unlink()
+    (tmp_path / "b" / TENSORS).symlink_to(tmp_path / "moved" / TENSORS)
+    with pytest.raises(CheckpointError, match="not a plain file"):
+        io.load(str(tmp_path / "a"))
