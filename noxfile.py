@@ -444,6 +444,13 @@ def ipu_rules(session: nox.Session) -> None:
     session.run(shared_python(session), runner, *session.posargs, external=True)
 
 
+@nox.session(venv_backend="none", default=False)
+def hpu_mutants(session: nox.Session) -> None:
+    """Break each rule of the fake Gaudi software, and see a test fail: ``-- NAME`` for one."""
+    runner = f"{FOLDER}/hpu/tests/run_fake_mutants.py"
+    session.run(shared_python(session), runner, *session.posargs, external=True)
+
+
 @nox.session(venv_backend="none")
 def docs(session: nox.Session) -> None:
     """Run the code blocks of every page, and check the links between pages."""

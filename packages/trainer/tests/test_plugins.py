@@ -36,6 +36,8 @@ TRAINING_TYPES = [
     "RPCSequentialPlugin",
     "SingleTPUPlugin",
     "TPUSpawnPlugin",
+    "SingleHPUStrategy",
+    "HPUParallelStrategy",
 ]
 PRECISIONS = [
     "ApexMixedPrecisionPlugin",
@@ -67,6 +69,7 @@ OTHERS = [
     "CPUAccelerator",
     "IPUAccelerator",
     "GPUAccelerator",
+    "HPUAccelerator",
 ]
 HERE = {
     "TrainingTypePlugin": "drivetrain_interfaces.strategy.Strategy",

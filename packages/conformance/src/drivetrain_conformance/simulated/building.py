@@ -74,19 +74,26 @@ def compiler(env: Mapping[str, str]) -> str | None:
     return next((path for path in found if path), None)
 
 
-def library(env: Mapping[str, str]) -> Path:
-    """Where the compiled library is, or will be: a name for each torch, source and flag."""
+def library(env: Mapping[str, str], named: str = "") -> Path:
+    """Where a compiled library is, or will be: a name for each torch, source and flag.
+
+    Args:
+        env: Variables, for the folder.
+        named: One of torch's own device types, for its hooks; empty for the library itself.
+    """
     digest = hashlib.sha256()
     version = torch_version() or ""
-    for part in (version, sys.platform, platform.machine(), *_flags(version)):
+    for part in (version, sys.platform, platform.machine(), *_flags(version), named):
         digest.update(f"{part}\0".encode())
-    for source in sorted(_SOURCES.iterdir()):
+    for source in sorted(path for path in _SOURCES.rglob("*") if path.is_file()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
     return _cache(env) / f"{version}-{digest.hexdigest()[:16]}.so"
 
 
-def build(env: Mapping[str, str] | None = None) -> Path:
+def build(env: Mapping[str, str] | None = None, named: str = "") -> Path:
     """Compile the library if it is not there yet; returns where it is.
+
+    With ``named``, that of the hooks of one of torch's own device types, which needs the other.
 
     Processes that ask at the same time wait for the first. One that is killed leaves nothing that
     another would wait for: the lock goes with its process, and the library appears when complete.
@@ -98,14 +105,14 @@ def build(env: Mapping[str, str] | None = None) -> Path:
     if reason := unavailable(env):
         what, _, hint = reason.partition(". ")
         raise UnavailableError(f"{what.removesuffix('.')}.", hint)
-    target = library(env)
+    target = library(env, named)
     if target.exists():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _locked(target.with_suffix(".lock")):
             if not target.exists():
-                _compile(target, env)
+                _compile(target, env, named)
     except OSError as error:
         if isinstance(error, UnavailableError):
             raise
@@ -142,7 +149,7 @@ def _flags(version: str) -> list[str]:
     ]
 
 
-def _compile(target: Path, env: Mapping[str, str]) -> None:
+def _compile(target: Path, env: Mapping[str, str], named: str) -> None:
     # Only the holder of the lock gets here, so these are of processes that were killed.
     for leftover in target.parent.glob(f"{target.stem}.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -159,13 +166,18 @@ def _compile(target: Path, env: Mapping[str, str]) -> None:
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             *(f"-I{home / 'include' / part}" for part in ("", "torch/csrc/api/include")),
         ]
+        if named:
+            interface = f"ATen/detail/{named}HooksInterface.h"
+            flags += [f"-DDRIVETRAIN_TYPE={named}", "-include", interface]
         objects = []
-        for source in sorted(_SOURCES.glob("*.cpp")):
+        for source in sorted((_SOURCES / "named" if named else _SOURCES).glob("*.cpp")):
             objects.append(str(Path(folder) / f"{source.stem}.o"))
             _run([program, *flags, "-c", str(source), "-o", objects[-1]], env)
         made = Path(folder) / target.name
         found_at = [f"-L{home / 'lib'}", f"-Wl,-rpath,{home / 'lib'}"]
         libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
+        if named and sys.platform == "darwin":  # what the other library brings is found later
+            libraries += ["-undefined", "dynamic_lookup"]
         _run([program, "-shared", *objects, "-o", str(made), *found_at, *libraries], env)
         made.replace(target)
 

@@ -14,7 +14,7 @@ from drivetrain_conformance.simulated.native import Native
 from drivetrain_conformance.simulated.options import Options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 #: The name of the ``torch.distributed`` backend of the simulated devices.
@@ -86,14 +86,23 @@ class _Installed:
 _state: list[_Installed] = []
 
 
-def install(name: str = "sim", options: Options | None = None) -> ModuleType:
+def install(
+    name: str = "sim",
+    options: Options | None = None,
+    *,
+    module: Callable[[ModuleType], ModuleType] | None = None,
+) -> ModuleType:
     """Register the device type ``name`` with torch, compiling it where that was never done.
 
-    Also its module ``torch.<name>``, ``Tensor.<name>()`` and the like, and the process group.
+    Also its module ``torch.<name>``, ``Tensor.<name>()`` and the like, and the process group. Where
+    torch has a type of that name and no kernels for it, because a vendor brings them, the simulated
+    device takes that place.
 
     Args:
         name: What ``torch.device`` is to call it. Fixed for the life of the process.
         options: What the devices are like; None takes those of the environment.
+        module: Makes what is to be ``torch.<name>`` from the usual module, such as one that is as
+            strict as a vendor's.
 
     Returns:
         The module ``torch.<name>``.
@@ -113,8 +122,9 @@ def install(name: str = "sim", options: Options | None = None) -> ModuleType:
 
     from drivetrain_conformance.simulated import device_module, process_group
 
+    own = _is_torchs_own(name)
     taken = torch._C._get_privateuse1_backend_name()  # noqa: SLF001 - torch has no public way
-    if taken != _UNNAMED or hasattr(torch, name):
+    if (taken != _UNNAMED and not own) or hasattr(torch, name):
         raise UnavailableError(
             f"The simulated device was to be called {name!r}; torch's device type for others is "
             f"called {taken!r} already, or torch has something of that name.",
@@ -128,17 +138,24 @@ def install(name: str = "sim", options: Options | None = None) -> ModuleType:
             "Ask for fewer.",
         )
     native.set("devices", options.devices)
-    backend_registration.rename_privateuse1_backend(name)
-    module = device_module.make(name, native)
+    if not own:
+        backend_registration.rename_privateuse1_backend(name)
+    if own:
+        native.register(name, name.upper(), build(named=name.upper()))
+    else:
+        native.register(name)
+    made_module = device_module.make(name, native)
+    made_module = made_module if module is None else module(made_module)
     # What torch documents for device types of others, underscore or not.
-    torch._register_device_module(name, module)  # type: ignore[no-untyped-call]  # noqa: SLF001
-    backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
-    made = _Installed(name, native, module, options)
+    torch._register_device_module(name, made_module)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    if not own:
+        backend_registration.generate_methods_for_privateuse1_backend(for_storage=True)
+    made = _Installed(name, native, made_module, options)
     made.apply(options)
     _state.append(made)
     if torch.distributed.is_available():
         process_group.register(COLLECTIVE_BACKEND, name)
-    return module
+    return made_module
 
 
 def installed() -> str | None:
@@ -231,6 +248,16 @@ def _again(here: _Installed, name: str, options: Options | None) -> ModuleType:
     if options is not None:
         configure(**asdict(options))
     return here.module
+
+
+def _is_torchs_own(name: str) -> bool:
+    """Whether torch knows a device type of that name by itself."""
+    import torch
+
+    try:
+        return torch.device(name).type == name
+    except RuntimeError:
+        return False
 
 
 def _here() -> _Installed:

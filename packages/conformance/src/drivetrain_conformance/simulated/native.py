@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class Native:
-    """Options and counters inside the library. Loading it registers the device with torch.
+    """Options and counters inside the library.
 
     Args:
         path: The library.
@@ -22,6 +22,21 @@ class Native:
         library.drivetrain_sim_get.argtypes = (ctypes.c_char_p, ctypes.c_int)
         library.drivetrain_sim_set.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int64)
         self._library = library
+
+    def register(
+        self, device_type: str, key: str = "PrivateUse1", hooks: Path | None = None
+    ) -> None:
+        """Register the device with torch, once in a process.
+
+        Args:
+            device_type: What torch calls it now: its type for others, or one of its own.
+            key: What torch dispatches that type by.
+            hooks: The library with the hooks of a type of its own.
+        """
+        missing = self._library.drivetrain_sim_register(device_type.encode(), key.encode())
+        assert not missing, f"torch knows no device type {device_type!r}"
+        if hooks is not None:
+            ctypes.CDLL(str(hooks), mode=ctypes.RTLD_GLOBAL)
 
     @property
     def most_devices(self) -> int:

@@ -16,6 +16,7 @@
 
 #include "checks.h"
 #include "host.h"
+#include "registering.h"
 
 namespace drivetrain_sim {
 namespace {
@@ -292,7 +293,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gru_cell_backward(
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+void register_accelerator_only() {
+  static torch::Library library = kernels_of("aten", device_key());
   library.impl("convolution_overrideable", &convolution);
   library.impl("convolution_backward_overrideable", &convolution_backward);
   library.impl("native_dropout", &native_dropout);

@@ -6,6 +6,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
+#include "registering.h"
 #include "runtime.h"
 
 // Declared here, because the header that has them includes every operator that torch has, which
@@ -23,18 +24,18 @@ using c10::IValue;
 using Stack = torch::jit::Stack;
 
 bool is_eligible(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.device().type() == kType && tensor.is_floating_point() &&
+  return tensor.defined() && tensor.device().type() == device_type() && tensor.is_floating_point() &&
       tensor.scalar_type() != at::kDouble;
 }
 
 IValue cast(const IValue& argument, at::ScalarType dtype) {
   if (argument.isTensor()) {
-    return at::autocast::cached_cast(dtype, argument.toTensor(), kType);
+    return at::autocast::cached_cast(dtype, argument.toTensor(), device_type());
   }
   if (argument.isTensorList()) {
     c10::List<at::Tensor> tensors;
     for (const at::Tensor& tensor : argument.toTensorVector()) {
-      tensors.push_back(at::autocast::cached_cast(dtype, tensor, kType));
+      tensors.push_back(at::autocast::cached_cast(dtype, tensor, device_type()));
     }
     return tensors;
   }
@@ -43,7 +44,7 @@ IValue cast(const IValue& argument, at::ScalarType dtype) {
 
 // Call the operator itself, with all its tensors in one format.
 void call_in(at::ScalarType dtype, const c10::OperatorHandle& op, Stack* stack) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastPrivateUse1);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_key());
   const auto count = op.schema().arguments().size();
   for (auto i = stack->size() - count; i < stack->size(); ++i) {
     (*stack)[i] = cast((*stack)[i], dtype);
@@ -52,7 +53,7 @@ void call_in(at::ScalarType dtype, const c10::OperatorHandle& op, Stack* stack) 
 }
 
 void in_lower_precision(const c10::OperatorHandle& op, Stack* stack) {
-  call_in(at::autocast::get_autocast_dtype(kType), op, stack);
+  call_in(at::autocast::get_autocast_dtype(device_type()), op, stack);
 }
 
 void in_float(const c10::OperatorHandle& op, Stack* stack) {
@@ -61,7 +62,7 @@ void in_float(const c10::OperatorHandle& op, Stack* stack) {
 
 // Sums and the like: the input stays, and the result is float unless the user said otherwise.
 void with_float_result(const c10::OperatorHandle& op, Stack* stack) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::DispatchKey::AutocastPrivateUse1);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(autocast_key());
   const auto& arguments = op.schema().arguments();
   const auto begin = stack->size() - arguments.size();
   const auto& first = (*stack)[begin];
@@ -76,7 +77,7 @@ void with_float_result(const c10::OperatorHandle& op, Stack* stack) {
 
 // The widest format among the inputs.
 void promoted(const c10::OperatorHandle& op, Stack* stack) {
-  auto dtype = at::autocast::get_autocast_dtype(kType);
+  auto dtype = at::autocast::get_autocast_dtype(device_type());
   const auto widen = [&](const at::Tensor& tensor) {
     if (is_eligible(tensor) && tensor.scalar_type() == at::kFloat) {
       dtype = at::kFloat;
@@ -135,11 +136,10 @@ constexpr const char* kPromoted[] = {
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
-  library.fallback(torch::CppFunction::makeFallthrough());
-}
-
-TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, library) {
+void register_autocast() {
+  static torch::Library others = kernels_of("_", autocast_key());
+  others.fallback(torch::CppFunction::makeFallthrough());
+  static torch::Library library = kernels_of("aten", autocast_key());
   for (const auto* name : kLowerPrecision) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&in_lower_precision>());
   }

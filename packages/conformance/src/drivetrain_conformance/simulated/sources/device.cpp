@@ -18,6 +18,8 @@
 #include <torch/library.h>
 
 #include "device.h"
+#include "hooks.h"
+#include "registering.h"
 
 namespace drivetrain_sim {
 namespace {
@@ -115,7 +117,7 @@ struct Event {
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override {
-    return kType;
+    return device_type();
   }
   c10::Device exchangeDevice(c10::Device device) const override {
     const auto before = getDevice();
@@ -123,7 +125,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   c10::Device getDevice() const override {
-    return {kType, current_device()};
+    return {device_type(), current_device()};
   }
   void setDevice(c10::Device device) const override {
     set_current_device(device.index());
@@ -140,7 +142,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   // These two may not throw in older versions of torch.
   c10::Stream getStream(c10::Device device) const noexcept override {
     const auto index = or_current(device.index());
-    return c10::Stream(c10::Stream::UNSAFE, c10::Device(kType, index), t_streams[index]);
+    return c10::Stream(c10::Stream::UNSAFE, c10::Device(device_type(), index), t_streams[index]);
   }
   c10::Stream exchangeStream(c10::Stream stream) const noexcept override {
     const auto before = getStream(stream.device());
@@ -148,10 +150,10 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     return before;
   }
   c10::Stream getDefaultStream(c10::Device device) const override {
-    return c10::Stream(c10::Stream::DEFAULT, c10::Device(kType, or_current(device.index())));
+    return c10::Stream(c10::Stream::DEFAULT, c10::Device(device_type(), or_current(device.index())));
   }
   c10::Stream getNewStream(c10::Device device, int) const override {
-    const c10::Device where(kType, or_current(device.index()));
+    const c10::Device where(device_type(), or_current(device.index()));
     return c10::Stream(c10::Stream::UNSAFE, where, g_next_stream++);
   }
   c10::Stream getStreamFromGlobalPool(c10::Device device, bool) const override {
@@ -197,7 +199,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 struct GeneratorImpl final : c10::GeneratorImpl {
   explicit GeneratorImpl(c10::DeviceIndex index, at::Generator host)
       : c10::GeneratorImpl(
-            c10::Device(kType, index), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)),
+            c10::Device(device_type(), index), c10::DispatchKeySet(device_key())),
         host(std::move(host)) {}
   c10::GeneratorImpl* inner() const {
     return host.unsafeGetGeneratorImpl();
@@ -229,6 +231,8 @@ struct GeneratorImpl final : c10::GeneratorImpl {
   at::Generator host;
 };
 
+} // namespace
+
 at::Generator new_generator(c10::DeviceIndex index) {
   return at::make_generator<GeneratorImpl>(index, at::detail::createCPUGenerator());
 }
@@ -244,58 +248,12 @@ const at::Generator& default_generator(c10::DeviceIndex index) {
   return all->at(or_current(index));
 }
 
-// -------------------------------------------------------------------------------------------------
-
-struct Hooks final : at::PrivateUse1HooksInterface {
-  // No override: torch 2.6 does not have these two.
-  bool isBuilt() const {
-    return true;
-  }
-  bool isAvailable() const {
-    return true;
-  }
-  bool hasPrimaryContext(c10::DeviceIndex) const override {
-    return true;
-  }
-  c10::DeviceIndex deviceCount() const override {
-    return static_cast<c10::DeviceIndex>(global_state().devices.load());
-  }
-  void setCurrentDevice(c10::DeviceIndex index) const override {
-    set_current_device(index);
-  }
-  c10::DeviceIndex getCurrentDevice() const override {
-    return current_device();
-  }
-  c10::DeviceIndex exchangeDevice(c10::DeviceIndex index) const override {
-    const auto before = current_device();
-    set_current_device(index);
-    return before;
-  }
-  // A negative index means "leave it", which is how torch says that no device was named.
-  c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex index) const override {
-    return index < 0 ? current_device() : exchangeDevice(index);
-  }
-  at::Device getDeviceFromPtr(void*) const override {
-    return {kType, current_device()};
-  }
-  at::Allocator* getPinnedMemoryAllocator() const override {
-    return g_pinned;
-  }
-  bool isPinnedPtr(const void* data) const override {
-    return g_pinned->holds(data);
-  }
-  const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override {
-    return default_generator(index);
-  }
-  at::Generator getNewGenerator(c10::DeviceIndex index) const override {
-    return new_generator(or_current(index));
-  }
-  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
-    resize_storage(storage, bytes);
-  }
-};
-
-} // namespace
+c10::Allocator* pinned_allocator() {
+  return g_pinned;
+}
+bool is_pinned(const void* data) {
+  return g_pinned->holds(data);
+}
 
 c10::Allocator* allocator() {
   return g_allocator;
@@ -315,15 +273,31 @@ at::Generator host_generator(const std::optional<at::Generator>& asked, c10::Dev
   const auto& generator =
       asked.has_value() && asked->defined() ? *asked : default_generator(index);
   TORCH_CHECK(
-      generator.device().type() == kType, "Expected a generator of device type '",
-      c10::DeviceTypeName(kType, /*lower_case=*/true), "' but found one of '",
+      generator.device().type() == device_type(), "Expected a generator of device type '",
+      c10::DeviceTypeName(device_type(), /*lower_case=*/true), "' but found one of '",
       generator.device().type(), "'");
   return static_cast<GeneratorImpl*>(generator.unsafeGetGeneratorImpl())->host;
 }
 
 namespace {
 
-C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard)
+// Torch's own types have packages of their own elsewhere, whose allocators torch.accelerator cannot
+// ask about memory.
+struct PlainAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    return g_allocator->allocate(bytes);
+  }
+  void copy_data(void* to, const void* from, std::size_t bytes) const override {
+    g_allocator->copy_data(to, from, bytes);
+  }
+};
+PlainAllocator* const g_plain = new PlainAllocator;
+
+struct OwnHooks final : Hooks<at::PrivateUse1HooksInterface> {
+  void resizePrivateUse1Bytes(const c10::Storage& storage, size_t bytes) const override {
+    resize_storage(storage, bytes);
+  }
+};
 
 // Python reaches the generators by these, since torch has no general way to.
 at::Tensor rng_state(int64_t index) {
@@ -355,12 +329,16 @@ TORCH_LIBRARY_FRAGMENT(drivetrain_sim, library) {
   library.def("initial_seed(int device) -> int", &initial_seed);
 }
 
-struct Registration {
-  Registration() {
-    c10::SetAllocator(kType, g_allocator);
-    at::RegisterPrivateUse1HooksInterface(new Hooks);
-  }
-} g_registration;
-
 } // namespace
+
+void register_device() {
+  static const c10::impl::DeviceGuardImplRegistrar guard(device_type(), new Guard);
+  if (device_type() == c10::DeviceType::PrivateUse1) {
+    c10::SetAllocator(device_type(), g_allocator);
+    at::RegisterPrivateUse1HooksInterface(new OwnHooks);
+  } else {
+    c10::SetAllocator(device_type(), g_plain); // its hooks are in a library of their own
+  }
+}
+
 } // namespace drivetrain_sim

@@ -14,6 +14,7 @@
 #include "checks.h"
 #include "device.h"
 #include "host.h"
+#include "registering.h"
 #include "runtime.h"
 
 namespace drivetrain_sim {
@@ -254,12 +255,11 @@ void run_on_host(const c10::OperatorHandle& op, Stack* stack) {
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
-  library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
-}
-
-// Torch would make these from operators with an output, which resize it and warn.
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+void register_fallback() {
+  static torch::Library others = kernels_of("_", device_key());
+  others.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  // Torch would make these from operators with an output, which resize it and warn.
+  static torch::Library library = kernels_of("aten", device_key());
   for (const auto* name : {"mse_loss", "smooth_l1_loss"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   }

@@ -75,7 +75,7 @@ at::Tensor Call::to_device(const at::Tensor& result) {
       result.layout() == c10::kStrided, "the simulated device has dense tensors only, and this is ",
       result.layout());
   return with_geometry_of(
-      result, device_storage(result.storage()), c10::DispatchKey::PrivateUse1);
+      result, device_storage(result.storage()), device_key());
 }
 
 void Call::write_back() {

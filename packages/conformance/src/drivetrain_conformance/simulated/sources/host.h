@@ -7,10 +7,12 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "runtime.h"
+
 namespace drivetrain_sim {
 
 inline bool on_device(const at::Tensor& tensor) {
-  return tensor.defined() && tensor.device().type() == c10::DeviceType::PrivateUse1;
+  return tensor.defined() && tensor.device().type() == device_type();
 }
 
 // The tensors of one call of a kernel, and the way back from its results.

@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include "registering.h"
+
 #include <chrono>
 #include <cstring>
 #include <memory>
@@ -12,6 +14,9 @@
 namespace drivetrain_sim {
 namespace {
 
+c10::DeviceType g_type = c10::DeviceType::PrivateUse1;
+c10::DispatchKey g_key = c10::DispatchKey::PrivateUse1;
+c10::DispatchKey g_autocast_key = c10::DispatchKey::AutocastPrivateUse1;
 DeviceState g_devices[kMaxDevices];
 GlobalState g_state;
 thread_local c10::DeviceIndex t_current = 0;
@@ -84,6 +89,16 @@ void wait(int64_t nanoseconds) {
 
 } // namespace
 
+c10::DeviceType device_type() {
+  return g_type;
+}
+c10::DispatchKey device_key() {
+  return g_key;
+}
+c10::DispatchKey autocast_key() {
+  return g_autocast_key;
+}
+
 DeviceState& device_state(c10::DeviceIndex index) {
   TORCH_INTERNAL_ASSERT(index >= 0 && index < kMaxDevices, "no such simulated device: ", index);
   return g_devices[index];
@@ -108,7 +123,7 @@ c10::DataPtr adopt(c10::DataPtr host, size_t bytes, c10::DeviceIndex index) {
   reserve(static_cast<int64_t>(bytes), index);
   void* data = host.get();
   auto* block = new Block{std::move(host), bytes, index};
-  return {data, block, &free_block, c10::Device(kType, index)};
+  return {data, block, &free_block, c10::Device(device_type(), index)};
 }
 
 c10::DataPtr allocate(size_t bytes, c10::DeviceIndex index) {
@@ -145,6 +160,24 @@ void synchronize(c10::DeviceIndex index) {
 }
 
 } // namespace drivetrain_sim
+
+// Register with torch under the device type and the dispatch key of these names. Once; returns -1 if
+// torch does not know one of them.
+extern "C" int drivetrain_sim_register(const char* name, const char* key) {
+  try {
+    drivetrain_sim::g_type = c10::Device(name).type();
+    drivetrain_sim::g_key = c10::parseDispatchKey(key);
+    drivetrain_sim::g_autocast_key = c10::parseDispatchKey(std::string("Autocast") + key);
+  } catch (const c10::Error&) {
+    return -1;
+  }
+  drivetrain_sim::register_device();
+  drivetrain_sim::register_tensors();
+  drivetrain_sim::register_fallback();
+  drivetrain_sim::register_accelerator_only();
+  drivetrain_sim::register_autocast();
+  return 0;
+}
 
 // What Python sets and reads, by name: a plain C interface, so that building needs no Python
 // headers and one library serves every Python version.

@@ -7,12 +7,19 @@
 
 #include <c10/core/Allocator.h>
 #include <c10/core/Device.h>
+#include <c10/core/DispatchKey.h>
 
 namespace drivetrain_sim {
 
 // More are never needed, and a fixed number keeps every counter free of locks.
 constexpr int kMaxDevices = 16;
-constexpr c10::DeviceType kType = c10::DeviceType::PrivateUse1;
+
+// The device type that this library serves in this process, and what torch dispatches it by. Chosen
+// once, before anything is registered: torch's type for others, or one of its own that has a name
+// there and no kernels.
+c10::DeviceType device_type();
+c10::DispatchKey device_key();
+c10::DispatchKey autocast_key();
 
 // Read from any thread (autograd has one per device), written from Python.
 using Number = std::atomic<int64_t>;

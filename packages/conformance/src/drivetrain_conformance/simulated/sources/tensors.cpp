@@ -14,6 +14,7 @@
 
 #include "device.h"
 #include "host.h"
+#include "registering.h"
 #include "runtime.h"
 
 namespace drivetrain_sim {
@@ -42,7 +43,7 @@ Tensor empty_memory_format(
       "the simulated device has dense tensors only");
   const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_generic(
-      size, allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), checked_dtype(dtype),
+      size, allocator(), c10::DispatchKeySet(device_key()), checked_dtype(dtype),
       memory_format);
 }
 
@@ -51,7 +52,7 @@ Tensor empty_strided(
     std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
   const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_strided_generic(
-      size, stride, allocator(), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
+      size, stride, allocator(), c10::DispatchKeySet(device_key()),
       checked_dtype(dtype));
 }
 
@@ -127,7 +128,8 @@ void record_stream(Tensor&, c10::Stream) {}
 
 } // namespace
 
-TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+void register_tensors() {
+  static torch::Library library = kernels_of("aten", device_key());
   library.impl("empty.memory_format", &empty_memory_format);
   library.impl("empty_strided", &empty_strided);
   library.impl("resize_", &resize);
