@@ -9,9 +9,8 @@ import json
 import sys
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
-
 from drivetrain import Module, Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class Small(Module):
