@@ -27,13 +27,14 @@ def run(accelerator: str, devices: int, folder: Path) -> dict:
         env=env,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("devices", [1, 2])
 def test_gaudi_gives_the_losses_of_the_cpu(devices, tmp_path):
     here, there = run("cpu", devices, tmp_path), run("hpu", devices, tmp_path)

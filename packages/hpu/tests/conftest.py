@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: Another folder is for the run of mutants.
 FAKE = Path(os.environ.get("DRIVETRAIN_FAKE_SDK") or Path(__file__).parent / "fake_sdk")
 _LOCKS = tempfile.TemporaryDirectory(prefix="drivetrain-gaudi-")
+#: Seconds for a script, on a machine that is busy with other things.
+PATIENCE = 300
 GAUDI = {"cards": 4, "locks": _LOCKS.name}
 
 sys.path.insert(0, str(FAKE))
@@ -55,7 +57,7 @@ def run_python(
             env={**os.environ, "OMP_NUM_THREADS": "1", **env},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=PATIENCE,
             check=False,
             cwd=tmp_path,
         )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., subprocess.CompletedProcess[str]]
 
+pytestmark = pytest.mark.timeout(400)
 SNAPSHOT = """
 import json, os, sys
 import torch, torch.distributed, torch.profiler

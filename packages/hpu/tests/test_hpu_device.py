@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     Run = Callable[..., subprocess.CompletedProcess[str]]
 
+pytestmark = pytest.mark.timeout(400)
 FIRST_USE = """
 import sys
 from drivetrain_hpu.bridge import load_bridge

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+pytestmark = pytest.mark.timeout(400)
 
 
 def test_autocast_is_entered_for_two_formats_and_never_for_float32(device: torch.device) -> None:
@@ -129,7 +133,7 @@ def test_a_state_of_torchs_adamw_keeps_its_count(device: torch.device) -> None:
     fused = fused_adamw(mine.parameters(), lr=0.01)
     fused.load_state_dict(
         {
-            "state": usual.state_dict()["state"],
+            "state": copy.deepcopy(usual.state_dict()["state"]),
             "param_groups": fused.state_dict()["param_groups"],
         }
     )
@@ -144,7 +148,7 @@ def test_sparse_gradients_are_none_for_the_fused_optimizer(device: torch.device)
     from habana_frameworks.torch.hpex.optimizers import FusedAdamW
 
     parameter = nn.Parameter(torch.ones(3))
-    parameter.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,))
+    parameter.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
     with pytest.raises(RuntimeError, match="sparse"):
         FusedAdamW([parameter]).step()
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+pytestmark = pytest.mark.timeout(400)
 INTELS = Installation(True, "1.24.1.77", "2.11.0a0+git1234567")
 LOADED = Kernel(driver=True, nodes=2)
 TWO = (telemetry.Card(0, "HL-225", busy=False), telemetry.Card(1, "HL-225", busy=False))

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+pytestmark = pytest.mark.timeout(400)
+
+
 def context(name: str = "32-true", **options: Any) -> StrategyContext:
     return StrategyContext(
         HpuAccelerator(), 0, World(), LocalCollectives(), precision(name), options=options

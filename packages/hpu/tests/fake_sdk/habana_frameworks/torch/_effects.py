@@ -177,7 +177,9 @@ def _replace_profiler() -> None:
                 with_stack=with_stack,
             )
 
-    torch.profiler.profile = torch.autograd.profiler.profile = profile
+    older = torch.autograd.profiler.profile
+    torch.profiler.profile = profile
+    torch.autograd.profiler.profile = type("profile", (older,), {})
     torch.profiler.ProfilerActivity = ProfilerActivity
 
 
