@@ -71,7 +71,8 @@ def load_bridge() -> None:
 def described(error: BaseException) -> str:
     """``AssertionError: the first line of its text``."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else f"it raised {type(error).__name__}"
+    name = type(error).__name__
+    return f"{name}: {lines[0].rstrip('.')}" if lines else f"it raised {name}"
 
 
 def advice(error: BaseException) -> str:

@@ -11,7 +11,8 @@ from drivetrain_hpu.bridge import core, is_lazy, is_loaded
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from drivetrain_interfaces import PendingSave, SaveGroup
+    from drivetrain_interfaces import SaveGroup
+    from drivetrain_toolkit.background import ThreadedSave
 
 
 class HpuCheckpointIO(DirectoryCheckpointIO):
@@ -34,7 +35,7 @@ class HpuCheckpointIO(DirectoryCheckpointIO):
         *,
         staged: bool = False,
         group: SaveGroup | None = None,
-    ) -> PendingSave:
+    ) -> ThreadedSave:
         """Take a copy of ``tree`` on the host, and return while it is being written."""
         _compute()
         return super().begin_save(tree, path, staged=staged, group=group)
