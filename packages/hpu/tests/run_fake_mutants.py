@@ -33,7 +33,7 @@ def table() -> dict[str, dict[str, Any]]:
 
 def broken(mutant: dict[str, Any], folder: Path) -> Path:
     """A copy of the fake without one rule."""
-    copy = folder / mutant["name"]
+    copy = folder / str(mutant["name"])
     shutil.copytree(HERE / "fake_sdk", copy, ignore=shutil.ignore_patterns("__pycache__"))
     path = copy / mutant["file"]
     text = path.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 from drivetrain_interfaces import UnavailableError
 
 from drivetrain_hpu.accelerator import HpuAccelerator
+from drivetrain_hpu.bridge import device_module
 
 if TYPE_CHECKING:
     import subprocess
@@ -58,8 +59,8 @@ def test_these_calls_open_the_device(
     monkeypatch: pytest.MonkeyPatch, call: str, device: torch.device
 ) -> None:
     opened: list[str] = []
-    monkeypatch.setattr(torch.hpu, "_open", opened.append)
-    getattr(torch.hpu, call)()
+    monkeypatch.setattr(device_module(), "_open", opened.append)
+    getattr(device_module(), call)()
     assert opened
 
 
@@ -100,21 +101,21 @@ def test_a_module_that_is_not_there_is_refused(device: torch.device) -> None:
 
 
 def test_memory_is_told_by_the_vendors_keys(device: torch.device, record: dict[str, Any]) -> None:
-    assert list(torch.hpu.memory_stats()) == record["memory_stats"]
+    assert list(device_module().memory_stats()) == record["memory_stats"]
     accelerator = HpuAccelerator()
     before = accelerator.memory_stats(device)
     held = torch.zeros(1_000_000, device=device)
     after = accelerator.memory_stats(device)
     assert after["allocated"] - before["allocated"] == held.nbytes
     assert after["peak"] >= after["allocated"]
-    assert after["reserved"] == after["total"] == torch.hpu.memory_reserved()
-    assert torch.hpu.mem_get_info() == (after["total"] - after["allocated"], after["total"])
+    assert after["reserved"] == after["total"] == device_module().memory_reserved()
+    assert device_module().mem_get_info() == (after["total"] - after["allocated"], after["total"])
 
 
 def test_there_is_no_cache_to_empty_and_torchs_own_memory_functions_fail(
     device: torch.device,
 ) -> None:
-    assert not hasattr(torch.hpu, "empty_cache")
+    assert not hasattr(device_module(), "empty_cache")
     for name in ("empty_cache", "memory_stats"):
         with pytest.raises(RuntimeError, match="not a DeviceAllocator"):
             getattr(torch.accelerator, name)()
@@ -130,10 +131,10 @@ def test_random_numbers_are_one_generator_of_index_0(device: torch.device) -> No
     torch.manual_seed(3)
     assert torch.rand(4, device=device).equal(first)  # the patched seed reaches the device
     with pytest.raises(RuntimeError, match="Only device 0"):
-        torch.hpu.get_rng_state(1)
+        device_module().get_rng_state(1)
     with pytest.raises(RuntimeError, match="list of one"):
-        torch.hpu.set_rng_state_all([state, state])
-    assert len(torch.hpu.get_rng_state_all()) == 1
+        device_module().set_rng_state_all([state, state])
+    assert len(device_module().get_rng_state_all()) == 1
 
 
 def test_forks_of_random_state_are_for_this_device(device: torch.device) -> None:
@@ -148,18 +149,18 @@ def test_determinism_is_passed_on_and_set_back(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     try:
         accelerator.activate(0, 1)
-        assert torch.hpu.getDeterministic()
+        assert device_module().getDeterministic()
     finally:
         torch.use_deterministic_algorithms(False)
     accelerator.close()
-    assert not torch.hpu.getDeterministic()
+    assert not device_module().getDeterministic()
 
 
 def test_devices_of_the_first_generation_answer_by_name(
     device: torch.device, gaudi: Callable[..., None]
 ) -> None:
     gaudi(generation="GAUDI")
-    assert torch.hpu.get_device_name() == "GAUDI"
+    assert device_module().get_device_name() == "GAUDI"
     from habana_frameworks.torch.utils import experimental
 
     assert not experimental._is_fp16_supported()
