@@ -8,6 +8,7 @@ Options are in the variable ``DRIVETRAIN_FAKE_GAUDI``, a JSON object, which chil
     fault       what the import of the bridge raises: "assertion", "attribute", "os"
     lazy        the mode where PT_HPU_LAZY_MODE is not set, which changed between releases
     limit       bytes of each module
+    shared      several processes may open one module, for the kit, which keeps crews of its own
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def try_lock(module: str) -> Any:
         return None
     file = Path(locks(), f"module-{module}").open("w", encoding="utf-8")  # noqa: SIM115 - kept open
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        kind = fcntl.LOCK_SH if option("shared", False) else fcntl.LOCK_EX
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None
