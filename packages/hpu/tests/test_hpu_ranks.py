@@ -124,7 +124,9 @@ def main(world):
     for name in names:
         context = StrategyContext(backend.accelerator(), world.local_rank, world, collectives,
                                   backend.precision("32-true"))
-        strategy = backend.strategy(name, context)
+        from drivetrain_hpu.strategies import HpuFSDP
+        sharded = name == "fsdp"
+        strategy = HpuFSDP()(context) if sharded else backend.strategy(name, context)
         module = strategy.prepare(made())
         optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
         step = strategy.train_step(StepSpec(module, [optimizer], loss, clip=Clip(1.0)))

@@ -15,13 +15,14 @@ from drivetrain_interfaces import (
     ContractVersion,
     DeviceFacts,
     Feature,
+    StrategySpec,
 )
-from drivetrain_toolkit.specs import DDP_FEATURES
+from drivetrain_toolkit.specs import DDP_FEATURES, SHARDED_FEATURES
 
 if TYPE_CHECKING:
-    from drivetrain_interfaces import Backend, Probe
+    from drivetrain_interfaces import Backend, Probe, StrategyFactory
 
-__all__ = ["FACTS", "FEATURES", "PRECISIONS", "spec"]
+__all__ = ["FACTS", "FEATURES", "PRECISIONS", "fsdp", "spec"]
 
 #: A process has one device, which is always ``hpu:0`` there; an index here is that of a module.
 #: Not ``eager``: strategies written for other devices use reductions that HCCL does not have.
@@ -57,12 +58,27 @@ def _load() -> Backend:
     return HpuBackend()
 
 
+def _load_fsdp() -> StrategyFactory:
+    from drivetrain_hpu.strategies import HpuFSDP
+
+    return HpuFSDP()
+
+
+#: Has a spec of its own, because it can do less than the others.
+fsdp = StrategySpec(
+    name="hpu_fsdp",
+    contract=ContractVersion(0, 1),
+    device_types=frozenset({"hpu"}),
+    capabilities=Capabilities(features=SHARDED_FEATURES & FEATURES, precisions=PRECISIONS),
+    load=_load_fsdp,
+)
+
 spec = BackendSpec(
     name="hpu",
     contract=ContractVersion(0, 1),
     capabilities=Capabilities(features=FEATURES, precisions=PRECISIONS),
     facts=FACTS,
-    strategies=("single_device", "ddp", "fsdp"),
+    strategies=("single_device", "ddp"),
     probe=_probe,
     load=_load,
     priority=55,

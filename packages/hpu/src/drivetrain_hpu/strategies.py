@@ -268,6 +268,8 @@ class HpuFSDP(OnHpu, FSDPStrategy):
         options: The options of ``FSDPStrategy``.
     """
 
+    name = "hpu_fsdp"
+
     def __init__(
         self,
         *,
@@ -288,7 +290,7 @@ class HpuFSDP(OnHpu, FSDPStrategy):
             FSDPModule, "set_force_sum_reduction_for_comms"
         ):
             raise UnsupportedError(
-                f"The strategy 'fsdp' was asked for on Gaudi with torch {torch.__version__}, whose "
+                f"The strategy {self.name!r} was asked for with torch {torch.__version__}, whose "
                 "sharded modules average by a reduction that HCCL does not have.",
                 "Upgrade the Gaudi software to a release with torch 2.9, or use 'ddp'.",
             )
@@ -304,14 +306,13 @@ class HpuFSDP(OnHpu, FSDPStrategy):
         super()._check()
         if self._hpu.fused_clip or self._hpu.graphs:
             raise UnsupportedError(
-                "fused_clip or graphs was asked of the strategy 'fsdp', whose parameters are "
-                "divided over ranks.",
+                f"fused_clip or graphs was asked of the strategy {self.name!r}, whose parameters "
+                "are divided over ranks.",
                 "Leave them out, or use 'ddp'.",
             )
 
 
-STRATEGIES: Final[Mapping[str, type[HpuSingleDevice | HpuDDP | HpuFSDP]]] = {
+STRATEGIES: Final[Mapping[str, type[HpuSingleDevice | HpuDDP]]] = {
     "single_device": HpuSingleDevice,
     "ddp": HpuDDP,
-    "fsdp": HpuFSDP,
 }
