@@ -76,7 +76,7 @@ def main(world):
         assert lossy.item() != 2 * value, kind
     refused(dist.group.WORLD.abort, "does not implement abort")
     listed = [{"a": world.rank}]
-    dist.broadcast_object_list(listed, 0)
+    dist.broadcast_object_list(listed, 0, device=torch.device("hpu"))
     assert listed == [{"a": 0}]
     collectives.close()
     assert os.environ["RANK"] == str(world.rank)
