@@ -21,7 +21,10 @@ from typing import Any
 WARM_UP = 5
 STRETCH = 10
 WIDTH, ROWS = 256, 32
-GOALS = {"ddp": 1.02, "fsdp": 1.03}
+GOALS = {"ddp": 1.02, "fsdp": 1.03, "zero1": 1.03, "pipeline": 1.05}
+MICROBATCHES = 4
+#: What all ranks have together, by this rank's part of it.
+WHOLE: dict[int, Any] = {}
 
 
 def network() -> Any:
@@ -70,6 +73,42 @@ def hand_fsdp() -> Callable[[Any], None]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return loop(model, model, adam(model))
+
+
+def hand_zero1() -> Callable[[Any], None]:
+    import torch
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    model = DistributedDataParallel(network())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4)
+    return loop(model, model, optimizer)
+
+
+def hand_pipeline() -> Callable[[Any], None]:
+    """Each rank has the whole batch at hand, and nothing has to be sent but activations."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    rank = dist.get_rank()
+    layers = network()[4 * rank : 4 * rank + 4]
+    stage = PipelineStage(layers, rank, 2, torch.device("cpu"))
+    schedule = ScheduleGPipe(
+        stage, MICROBATCHES, loss_fn=lambda made, wanted: (made - wanted).square().mean()
+    )
+    optimizer = adam(layers)
+
+    def step(batch: Any) -> None:
+        features, targets = WHOLE[id(batch)]
+        if rank == 0:
+            schedule.step(features)
+        else:
+            schedule.step(target=targets)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def ours(kind: str, **options: Any) -> Callable[[], Callable[[Any], None]]:
@@ -143,6 +182,11 @@ CONTENDERS: dict[str, dict[str, Callable[[], Callable[[Any], None]]]] = {
         "drivetrain": ours("FSDPStrategy", wrap=[str(number) for number in range(8)]),
         "Fabric (FSDP1)": with_fabric("fsdp"),
     },
+    "zero1": {"hand-written": hand_zero1, "drivetrain": ours("Zero1Strategy")},
+    "pipeline": {
+        "hand-written": hand_pipeline,
+        "drivetrain": ours("PipelineStrategy", microbatches=MICROBATCHES),
+    },
 }
 
 
@@ -158,8 +202,10 @@ def run(rank: int, port: int, strategy: str, turns: int, results: Any) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    generator = torch.Generator().manual_seed(rank)
-    batches = [tuple(torch.randn(2, ROWS, WIDTH, generator=generator)) for _ in range(STRETCH)]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, 2 * ROWS, WIDTH, generator=generator) for _ in range(STRETCH)]
+    batches = [tuple(both[:, rank * ROWS : (rank + 1) * ROWS].contiguous()) for both in drawn]
+    WHOLE.update({id(mine): tuple(both) for mine, both in zip(batches, drawn)})
     made, failed = {}, {}
     for name, make in CONTENDERS[strategy].items():
         try:

@@ -1,17 +1,23 @@
-"""Which strategy does what: writes ``docs/strategy-table.md`` from what the strategies declare.
+"""Which strategy does what: writes ``docs/strategy-table.md``.
 
-``python ci/strategy_table.py`` compares, ``--write`` writes. Needs no torch.
+It is made from what the strategies declare, and from what came out when all combinations of
+accumulation, clipping and precision were run, which
+``tests-integration/scripts/strategy_matrix.py --write`` keeps. ``python ci/strategy_table.py``
+compares, ``--write`` writes. Needs no torch.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from drivetrain_interfaces.capabilities import Feature, StepHook
 from drivetrain_toolkit import specs
 
 PAGE = Path(__file__).parents[1] / "docs/strategy-table.md"
+RECORD = PAGE.parent / "strategy-matrix.json"
 FEATURES = (
     Feature.ACCUMULATION,
     Feature.CLIP_NORM,
@@ -23,8 +29,17 @@ FEATURES = (
 )
 HEAD = """# What each strategy can do
 
-Written by `ci/strategy_table.py` from what the strategies declare. "Refused" means by name, when
-it is asked for. A run has what both its strategy and its backend have.
+Written by `ci/strategy_table.py` from what the strategies declare, and from runs. "Refused" means
+by name, when it is asked for. A run has what both its strategy and its backend have.
+"""
+RUNS = """
+## Combinations that ran
+
+`nox -s strategies` trains with every accumulation (1 and 3 microbatches, with a shorter last
+window), clipping (none, by norm, by value) and precision for 20 updates on two CPU processes over
+gloo; `dp` on two devices of one process, `single_device` on one. Each is equal to a loop by hand in
+float64 on one process with all the data, within the tolerance of
+[the conformance kit](conformance.md) for its precision, or refused by name. CI runs a part of them.
 """
 
 
@@ -47,7 +62,28 @@ def page() -> str:
         [hook.value for hook in StepHook],
         {name: [hook in row[2] for hook in StepHook] for name, row in rows.items()},
     )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + RUNS + "\n".join(["", *_runs()]) + "\n"
+
+
+def _runs() -> list[str]:
+    kept: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+    lines = ["| strategy | equal | refused |", "|---|---:|---:|"]
+    lines += [f"| `{n}` | {each['equal']} | {len(each['refused'])} |" for n, each in kept.items()]
+    ways = len({(c["accumulation"], c["clipping"]) for e in kept.values() for c in e["refused"]})
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for name, each in kept.items():
+        by_precision: dict[tuple[str, str], list[str]] = {}
+        for cell in each["refused"]:
+            way = f"accumulation {cell['accumulation']}, clipping {cell['clipping']}"
+            by_precision.setdefault((cell["precision"], cell["why"]), []).append(way)
+        for (precision, why), found in by_precision.items():
+            which = "all" if len(found) == ways else "; ".join(found)
+            alike.setdefault((precision, which, why), []).append(name)
+    lines += ["", "| refused | in | what it says | strategies |", "|---|---|---|---|"]
+    for (precision, which, why), names in alike.items():
+        who = "all" if len(names) == len(kept) else ", ".join(f"`{name}`" for name in names)
+        lines.append(f"| {precision} | {which} | {why} | {who} |")
+    return lines
 
 
 def _table(columns: list[str], rows: dict[str, list[bool]]) -> list[str]:
@@ -63,7 +99,7 @@ def main() -> None:
     if "--write" in sys.argv:
         PAGE.write_text(page(), encoding="utf-8")
     elif PAGE.read_text(encoding="utf-8") != page():
-        raise SystemExit("docs/strategy-table.md is not what strategies declare: --write it")
+        raise SystemExit("docs/strategy-table.md is not what strategies declare and do: --write it")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ def close(one, other):
         (2, {"split": ["3"], "activation_checkpointing": True}, None, 3),
         (2, {"schedule": "interleaved"}, None, 1),
         pytest.param(4, {"microbatches": 3}, Clip(0.1), 1, marks=pytest.mark.slow),
+        pytest.param(4, {"copies": 2}, Clip(0.1), 3, marks=pytest.mark.slow),
     ],
-    ids=["gpipe", "1f1b", "split", "interleaved", "four"],
+    ids=["gpipe", "1f1b", "split", "interleaved", "four", "copies"],
 )
 def test_a_pipeline_trains_as_one_process(worlds, size, options, clip, accumulate):
     answers = worlds(size).run(
@@ -33,13 +34,63 @@ def test_a_pipeline_trains_as_one_process(worlds, size, options, clip, accumulat
     for answer in answers:
         close(answer["end"], wanted)
         close(answer["state"], wanted)
-        assert answer["losses"] == answers[0]["losses"]
+        if options.get("copies", 1) == 1:
+            assert answer["losses"] == answers[0]["losses"]
         assert answer["norms"] == answers[0]["norms"]
         assert answer["states"] == len(wanted)
-        assert answer["held"] < 1.7 * whole / size
+        assert answer["held"] < 1.7 * whole / (size // options.get("copies", 1))
         assert "some layers only" in answer["alone"]
         close(answer["after"], answers[0]["after"])
     assert answers[0]["evaluation"] > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "clip", "accumulate"),
+    [
+        (2, {"split": ["blocks.1"]}, Clip(0.1), 3),
+        (2, {"split": ["blocks.0", "blocks.1", "last"], "schedule": "interleaved"}, None, 1),
+        pytest.param(4, {"split": ["blocks.2"], "copies": 2}, Clip(0.1), 1, marks=pytest.mark.slow),
+    ],
+    ids=["gpipe", "interleaved", "copies"],
+)
+def test_a_module_that_is_no_sequence_trains_as_one_process(
+    worlds, size, options, clip, accumulate
+):
+    answers = worlds(size).run(
+        "strategy_worlds:pipe",
+        "S9",
+        options={**options, "example": torch.zeros(1, 4)},
+        clip=clip,
+        accumulate=accumulate,
+        kind="skipping",
+    )
+    wanted = here.pipe_by_hand(size, clip, accumulate, kind="skipping")
+    for answer in answers:
+        close(answer["end"], wanted)
+        close(answer["state"], wanted)
+        assert answer["norms"] == answers[0]["norms"]
+        assert "some layers only" in answer["alone"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "naming"),
+    [
+        ("tied", {"split": ["blocks.1"]}, ("blocks.0.inner.weight", "blocks.1.inner.weight")),
+        ("choosing", {"split": ["blocks.1"]}, ("cannot trace", "Model")),
+        ("skipping", {"split": ["blocks.7"]}, ("blocks.7", "Model")),
+        ("skipping", {}, ("split=[]", "2 processes")),
+        ("skipping", {"balance": [1, 1]}, ("balance", "example")),
+    ],
+)
+def test_a_module_that_cannot_be_divided_is_refused_by_name(worlds, kind, options, naming):
+    for text in worlds(2).run(
+        "strategy_worlds:pipe_refused",
+        "S22",
+        options={**options, "example": torch.zeros(1, 4)},
+        made={},
+        kind=kind,
+    ):
+        assert all(name in text for name in naming), text
 
 
 @pytest.mark.parametrize(
@@ -53,6 +104,7 @@ def test_a_pipeline_trains_as_one_process(worlds, size, options, clip, accumulat
         ({"module": "elsewhere"}, {}, ("elsewhere", "Deep")),
         ({"schedule": "zigzag"}, {}, ("zigzag", "gpipe")),
         ({"microbatches": 0}, {}, ("microbatches=0",)),
+        ({"copies": 2}, {}, ("copies=2", "world of 2")),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(worlds, options, made, naming):

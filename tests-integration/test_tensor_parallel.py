@@ -117,3 +117,28 @@ def _fit(folder, epochs, strategy, net, path):
     assert trainer.global_step == 4 * epochs
     (saved,) = (folder / str(epochs) / "checkpoints").glob("*.ckpt")
     return saved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clip": Clip(0.1), "accumulate": 3},
+        {"optimizer": "two", "wrap": ["body.up", "body.down"]},
+    ],
+    ids=["plain", "clipped", "units-are-layers"],
+)
+def test_a_plan_under_fsdp_trains_as_one_process(worlds, settings):
+    answers = worlds(4).run("strategy_worlds:both_ways", "S9", **settings)
+    wanted = here.tensor_parallel_by_hand(
+        4, **{name: value for name, value in settings.items() if name != "wrap"}
+    )
+    whole = sum(value.numel() for value in wanted.values())
+    for answer in answers:
+        close(answer["end"], wanted)
+        assert answer["norms"] == answers[0]["norms"]
+        assert answer["losses"][0] == answers[0]["losses"][0]
+        assert answer["held"] < 0.6 * whole
+    for kind in ("DDPStrategy", "FSDPStrategy"):
+        close(answers[0][kind], answers[0]["DDPStrategy"])

@@ -170,6 +170,31 @@ def train(
     }
 
 
+def peak(rank: Any, kind: str, options: dict[str, Any], made: dict[str, Any]) -> dict[str, float]:
+    """The most device memory of one step, and what is left after it, over that of all parameters.
+
+    Where devices count what they hold. The first steps make optimizer state and buckets.
+    """
+    import gc
+
+    gc.collect()
+    device = rank.device
+    before = rank.accelerator.memory_stats(device)["allocated"]
+    strategy = bound(rank, kind, options)
+    whole = sum(p.nbytes for p in model(0, **made).parameters())
+    module = strategy.prepare(model(0, **made))
+    step = strategy.train_step(StepSpec(module, OPTIMIZERS["adamw"](module), loss_of))
+    drawn = batches(rank.world.rank, 4)
+    with step:
+        for batch in drawn[:3]:
+            step([strategy.feed(batch)])
+        torch.get_device_module(device).reset_peak_memory_stats(device)
+        step([strategy.feed(drawn[3])])
+    rank.accelerator.synchronize(device)
+    stats = rank.accelerator.memory_stats(device)
+    return {name: (stats[name] - before) / whole for name in ("peak", "allocated")}
+
+
 def parameters(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: whole(p.detach()).clone() for name, p in module.named_parameters()}
 
@@ -362,10 +387,11 @@ def pipe(
     clip: Clip | None = None,
     accumulate: int = 1,
     steps: int = STEPS,
+    kind: str = "deep",
 ) -> dict[str, Any]:
     """Updates in a pipeline, an evaluation of other lengths, the state, and going on with it."""
     strategy = bound(rank, "PipelineStrategy", options)
-    module = strategy.prepare(deep(rank.world.rank))
+    module = strategy.prepare(globals()[kind](rank.world.rank))
     optimizers = OPTIMIZERS["adamw"](module)
     spec = StepSpec(module, optimizers, loss_of, clip=clip, accumulate=accumulate)
     step = strategy.train_step(spec)
@@ -405,8 +431,10 @@ def pipe(
     }
 
 
-def pipe_by_hand(size: int, clip: Clip | None = None, accumulate: int = 1) -> Any:
-    module = deep(0)
+def pipe_by_hand(
+    size: int, clip: Clip | None = None, accumulate: int = 1, kind: str = "deep"
+) -> Any:
+    module = globals()[kind](0)
     (optimizer,) = OPTIMIZERS["adamw"](module)
     for window in windows(joined(size, STEPS), accumulate):
         for batch in window:
@@ -418,9 +446,27 @@ def pipe_by_hand(size: int, clip: Clip | None = None, accumulate: int = 1) -> An
     return dict(module.named_parameters())
 
 
-def pipe_refused(rank: Any, options: dict[str, Any], made: dict[str, Any]) -> str:
+def skipping(seed: int) -> nn.Module:
+    return model(seed, depth=3)
+
+
+def choosing(seed: int) -> nn.Module:
+    """Its code depends on values."""
+    module = model(seed)
+    inner = module.forward
+    module.forward = lambda x: inner(x) if x.sum() > 0 else -inner(x)
+    return module
+
+
+def tied(seed: int) -> nn.Module:
+    return model(seed, tied=True)
+
+
+def pipe_refused(
+    rank: Any, options: dict[str, Any], made: dict[str, Any], kind: str = "deep"
+) -> str:
     try:
-        bound(rank, "PipelineStrategy", options).prepare(deep(0, **made))
+        bound(rank, "PipelineStrategy", options).prepare(globals()[kind](0, **made))
     except DrivetrainError as error:
         return str(error)
     return "done"
@@ -587,6 +633,56 @@ def tensor_parallel(
         "again": float(again),
         "state": kept[0],
         "states": [set(each["state"]) for each in kept[1]],
+        "norms": [None if r.grad_norm is None else float(r.grad_norm) for r in results],
+    }
+
+
+def both_ways(
+    rank: Any,
+    clip: Clip | None = None,
+    accumulate: int = 1,
+    precision: str = "32-true",
+    optimizer: str = "adamw",
+    dropout: float = 0.0,
+    wrap: list[str] | None = None,
+) -> dict[str, Any]:
+    """Updates by a plan under FSDP, an evaluation, the state, and going on with it."""
+    options = {"plan": plan_of("pair"), "plan_ranks": 2, "wrap": wrap or ["body"]}
+    strategy = bound(rank, "FSDPStrategy", options, precision)
+    module = strategy.prepare(feed(rank.world.rank, dropout=dropout))
+    torch.manual_seed(rank.world.rank)
+    step = strategy.train_step(
+        StepSpec(
+            module, tp_optimizers(module, optimizer), loss_of, clip=clip, accumulate=accumulate
+        )
+    )
+    with step:
+        results = [step(window) for window in windows(batches(rank.world.rank, STEPS), accumulate)]
+    held = sum(local(p).numel() for p in module.parameters())
+    with strategy.eval_step(EvalSpec(module, loss_of)) as evaluate:
+        losses = [float(evaluate(batch)) for batch in batches(0, 1 + rank.world.rank)]
+    with step:
+        step([batches(rank.world.rank, 1)[0]])
+    state = strategy.state()
+    strategy.close()
+    kept = rank.collectives.broadcast_object(
+        (dict(state.module), list(state.optimizers), dict(state.precision))
+    )
+    answer = {}
+    for kind, given in (("DDPStrategy", {}), ("FSDPStrategy", options)):
+        other = bound(rank, kind, given)
+        again = other.prepare(module)
+        go_on = other.train_step(StepSpec(again, tp_optimizers(again, optimizer), loss_of))
+        other.load(ModelState(*kept))
+        with go_on:
+            go_on([batches(rank.world.rank, 1)[0]])
+        made = other.state().module
+        answer[kind] = {name: value.clone() for name, value in made.items()}
+        other.close()
+    return answer | {
+        "end": kept[0],
+        "held": held,
+        "losses": losses,
         "norms": [None if r.grad_norm is None else float(r.grad_norm) for r in results],
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ if reason := simulated.unavailable():
     pytest.skip(reason, allow_module_level=True)
 pytest.importorskip("drivetrain_toolkit", reason="what is tested is in the toolkit")
 
+from drivetrain_toolkit import strategies
 from drivetrain_toolkit.collectives import LocalCollectives
 from drivetrain_toolkit.feeding import SideStreamFeed
 from drivetrain_toolkit.memory import DeviceMemoryError
@@ -89,12 +91,19 @@ class Own:
         return moved
 
 
-def bound(**options: Any) -> Any:
-    accelerator = Streaming()
-    context = StrategyContext(
-        accelerator, 0, World(), LocalCollectives(), make_precision("32-true", "sim")
+def context_of(accelerator: Streaming) -> StrategyContext:
+    return StrategyContext(
+        accelerator,
+        0,
+        World(),
+        LocalCollectives(),
+        make_precision("32-true", "sim"),
+        devices=(0, 1),
     )
-    return Tuned(SingleDeviceStrategy(), **options)(context)
+
+
+def bound(**options: Any) -> Any:
+    return Tuned(SingleDeviceStrategy(), **options)(context_of(Streaming()))
 
 
 def test_an_accelerator_with_a_stream_for_copies_has_that_ability() -> None:
@@ -104,6 +113,33 @@ def test_an_accelerator_with_a_stream_for_copies_has_that_ability() -> None:
     device = torch.device(HOME)
     stream = accelerator.copy_stream(device)
     assert stream == accelerator.copy_stream(device) != torch.accelerator.current_stream(device)
+
+
+@pytest.mark.parametrize(
+    "kind", ["SingleDeviceStrategy", "DDPStrategy", "FSDPStrategy", "DataParallelStrategy"]
+)
+def test_strategies_copy_beside_the_work_of_their_own_accord(kind: str) -> None:
+    accelerator = Streaming()
+    accelerator.facts = cast("DeviceFacts", SimpleNamespace(eager=True))
+    strategy = getattr(strategies, kind)()(context_of(accelerator))
+    assert len(accelerator.streams) == 1
+    batch = (torch.ones(3),)
+    strategy.feed(batch)
+    before = simulated.counters()
+    fed = strategy.feed(batch)
+    delta: Counters = simulated.counters() - before
+    assert fed[0].device == torch.device(HOME)
+    assert (delta.uploads, delta.blocking_uploads, delta.synchronizations) == (1, 0, 0)
+
+
+def test_copies_may_stay_among_the_work() -> None:
+    plain = SingleDeviceStrategy()
+    plain.prefetch = False
+    for asked in (plain, Tuned(SingleDeviceStrategy(), prefetch=False)):
+        accelerator = Streaming()
+        fed = asked(context_of(accelerator)).feed((torch.ones(3),))
+        assert fed[0].device == torch.device(HOME)
+        assert accelerator.streams == []
 
 
 def test_batches_of_all_kinds_arrive_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from drivetrain_toolkit.steps import EagerTrainStep
+
+#: Bytes before the rows of a message, and the step in which tensors begin in it.
+_HEADER = 16
 
 
 def _tensors(batch: Any) -> list[Tensor]:
@@ -49,6 +53,11 @@ def count_rows(batch: Any, owner: str) -> int:
             "Let the first dimension of every tensor be the samples.",
         )
     return lengths.pop()
+
+
+def shapes_of(batch: Any) -> tuple[torch.Size, ...]:
+    """The shapes of a batch's tensors, in an order that depends on its form alone."""
+    return tuple(tensor.shape for tensor in _tensors(batch))
 
 
 def some_rows(batch: Any, first: int, last: int) -> Any:
@@ -80,6 +89,7 @@ class Gathered:
         self._owner = owner
         self.rank = dist.get_rank(group)
         self.counts: list[int] = []
+        self._room = 0  # rows that a message has room for; the same on all ranks
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -88,20 +98,49 @@ class Gathered:
         return first, first + self.counts[self.rank]
 
     def __call__(self, batch: Any) -> Any:
-        """The rows of all ranks. Every rank of the group calls it."""
-        tensors = _tensors(batch)
-        home = tensors[0].device if tensors else torch.device("cpu")
-        mine = torch.tensor([count_rows(batch, self._owner)], device=home)
-        counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(counts, mine, group=self._group)
-        self.counts = [int(each) for each in counts]
+        """The rows of all ranks. Every rank of the group calls it.
+
+        All of a batch travels as one message, with the number of its rows at the front. It has room
+        for as many rows as the longest batch so far had on any rank; where one is longer still, all
+        ranks see that, and send again.
+        """
+        tensors = [tensor.detach() for tensor in _tensors(batch)]
+        rows = count_rows(batch, self._owner)
+        parts = self._exchange(tensors, rows)
+        if max(self.counts) > self._room:
+            self._room = max(self.counts)
+            parts = self._exchange(tensors, rows)
+        whole = (torch.cat(found) for found in zip(*parts, strict=True))
 
         def gather(value: Any) -> Any:
-            if not isinstance(value, Tensor) or not value.dim():
-                return value
-            return torch.cat(self.rows(value.detach()))
+            return next(whole) if isinstance(value, Tensor) and value.dim() else value
 
         return mapped(batch, gather)
+
+    def _exchange(self, tensors: Sequence[Tensor], rows: int) -> list[list[Tensor]]:
+        """The tensors of each rank; without values where ``counts`` says that some did not fit."""
+        room = self._room
+        home = tensors[0].device
+        starts = [_HEADER]
+        for tensor in tensors:
+            each = math.prod(tensor.shape[1:]) * tensor.element_size()
+            starts.append(starts[-1] + -(-room * each // _HEADER) * _HEADER)
+        mine = torch.zeros(starts[-1], dtype=torch.uint8, device=home)
+        mine[:8].view(torch.int64).fill_(rows)
+        if rows <= room:
+            for tensor, start in zip(tensors, starts, strict=False):
+                _view(mine, start, rows, tensor).copy_(tensor)
+        sent = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(sent, mine, group=self._group)
+        self.counts = [int(each[:8].view(torch.int64)) for each in sent]
+        return [
+            [
+                _view(each, start, count, tensor)
+                for tensor, start in zip(tensors, starts, strict=False)
+            ]
+            for each, count in zip(sent, self.counts, strict=True)
+            if count <= room
+        ]
 
     def rows(self, mine: Tensor) -> list[Tensor]:
         """A tensor of every rank, each with as many rows as its batch."""
@@ -111,6 +150,13 @@ class Gathered:
         parts = [torch.empty_like(padded) for _ in self.counts]
         dist.all_gather(parts, padded, group=self._group)
         return [part[:count] for part, count in zip(parts, self.counts, strict=True)]
+
+
+def _view(message: Tensor, start: int, rows: int, like: Tensor) -> Tensor:
+    """The rows of one tensor in a message, without a copy."""
+    shape = (rows, *like.shape[1:])
+    length = math.prod(shape) * like.element_size()
+    return message[start : start + length].view(like.dtype).view(shape)
 
 
 class GatheredWindow(Collection[Any]):

@@ -166,6 +166,7 @@ class Shards:
         self._everywhere = tuple(everywhere)
         self._divided: list[tuple[ProcessGroup, ...]] = []
         self._groups: dict[Any, tuple[ProcessGroup, ...]] = {}
+        self._wide: torch.dtype | None = None
 
     def gradients(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
         """This rank's parts, as plain tensors that share memory with the gradients."""
@@ -176,6 +177,8 @@ class Shards:
             for p in group["params"]
             if p.grad is not None
         }
+        if self._wide is None:
+            self._wide = _wide(optimizers)
         self._divided = [self._divided_over(grad) for grad in grads.values()]
         return [part_of(grad) for grad in grads.values()]
 
@@ -186,7 +189,8 @@ class Shards:
     def norm(self, grads: list[Tensor]) -> Tensor:
         """The 2-norm of all parts of all ranks: in float32 at least, equal on every rank."""
         home = grads[0].device if grads else torch.device("cpu")
-        total = torch.zeros((), device=home)
+        wide = self._wide or torch.float32
+        total = torch.zeros((), dtype=wide, device=home)
         # Every rank holds the same names, and so goes through the same groups in the same order.
         kinds: dict[tuple[ProcessGroup, ...], list[Tensor]] = (
             {self._everywhere: []} if self._everywhere else {}
@@ -194,7 +198,7 @@ class Shards:
         for grad, groups in zip(grads, self._divided, strict=True):
             kinds.setdefault(groups, []).append(grad)
         for groups, members in kinds.items():
-            squared = _squared_norm([grad for grad in members if grad.numel()], home)
+            squared = _squared_norm([grad for grad in members if grad.numel()], wide, home)
             for group in groups:
                 dist.all_reduce(squared, group=group)
             total = total + squared
@@ -214,12 +218,17 @@ class Shards:
         return self._groups[key]
 
 
-def _squared_norm(grads: Sequence[Tensor], home: torch.device) -> Tensor:
+def _wide(optimizers: Sequence[Optimizer]) -> torch.dtype:
+    """What norms are summed in. All ranks look at the same parameters, also those they lack."""
+    kinds = {p.dtype for each in optimizers for group in each.param_groups for p in group["params"]}
+    return torch.float64 if torch.float64 in kinds else torch.float32
+
+
+def _squared_norm(grads: Sequence[Tensor], wide: torch.dtype, home: torch.device) -> Tensor:
     if not grads:
-        return torch.zeros((), device=home)
-    wide = torch.promote_types(grads[0].dtype, torch.float32)
+        return torch.zeros((), dtype=wide, device=home)
     norms = torch._foreach_norm(list(grads), 2.0, dtype=wide)  # noqa: SLF001 - documented, underscore or not
-    squared: Tensor = torch.stack([norm.to(home) for norm in norms]).square().sum().float()
+    squared: Tensor = torch.stack([norm.to(home) for norm in norms]).square().sum()
     return squared
 
 

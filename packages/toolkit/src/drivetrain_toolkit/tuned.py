@@ -13,6 +13,7 @@ from drivetrain_toolkit.compiling import CompileOptions
 from drivetrain_toolkit.feeding import SideStreamFeed
 from drivetrain_toolkit.fused import use_fused
 from drivetrain_toolkit.memory import explained
+from drivetrain_toolkit.strategies.eager import EagerStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,11 +69,16 @@ class Tuned:
 
     def __call__(self, context: StrategyContext) -> Self:
         """A copy around the bound strategy; this object stays as it is."""
-        bound = copy.copy(self)
-        bound._inner = self._inner(context)  # noqa: SLF001 - our own copy
+        bound, inner = copy.copy(self), self._inner
+        if isinstance(inner, EagerStrategy) and inner.prefetch != self._prefetch:
+            inner = copy.copy(inner)
+            inner.prefetch = self._prefetch
+        bound._inner = inner(context)  # noqa: SLF001 - our own copy
         bound._context = context  # noqa: SLF001
         accelerator = context.accelerator
-        if self._prefetch and isinstance(accelerator, SupportsStreams):
+        # An eager strategy does it itself.
+        alone = not isinstance(bound._inner, EagerStrategy)  # noqa: SLF001
+        if alone and self._prefetch and isinstance(accelerator, SupportsStreams):
             bound._feeding = SideStreamFeed(accelerator, bound._inner.device)  # noqa: SLF001
         # Optional abilities of the strategy are looked for as methods.
         kind = type(bound._inner)  # noqa: SLF001

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError, UserCodeError
+from drivetrain_interfaces.errors import listed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -188,7 +190,7 @@ class DDPStrategy(EagerStrategy):
         self._step = make_train_step(
             spec,
             self.context.precision,
-            forward=wrapper,
+            forward=partial(_unused_by_name, wrapper, self.name),
             no_sync=self._no_sync(spec, wrapper),
             collectives=self.context.collectives,
             world_size=world.size,
@@ -348,6 +350,24 @@ class DDPStrategy(EagerStrategy):
         if self._step is not None:
             self._step.release()
         self._step = self._model = self._loss = self._averaging = None
+
+
+def _unused_by_name(wrapper: Any, owner: str, microbatch: Any) -> Tensor:
+    """The loss; torch tells of parameters that the last one did not reach by their numbers."""
+    try:
+        loss: Tensor = wrapper(microbatch)
+    except RuntimeError as error:
+        found = re.search(r"did not receive grad for rank \d+: ([\d ]+)", str(error))
+        if found is None:
+            raise
+        names = [name for name, p in wrapper.named_parameters() if p.requires_grad]
+        unused = [names[int(n)].removeprefix("module.module.") for n in found[1].split()]
+        raise UserCodeError(
+            f"The last loss did not depend on {listed(unused)} on this rank, and the strategy "
+            f"{owner!r} expects that each loss depends on all parameters.",
+            "Freeze what is not used, or set find_unused_parameters=True.",
+        ) from error
+    return loss
 
 
 class _LossModule(nn.Module):

@@ -7,10 +7,16 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 
 import torch
-from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
+from drivetrain_interfaces import (
+    ConfigurationError,
+    ModelState,
+    SupportsStreams,
+    UnsupportedError,
+)
 from torch import nn
 
 from drivetrain_toolkit.checks import needs_closure
+from drivetrain_toolkit.feeding import SideStreamFeed
 from drivetrain_toolkit.state import (
     gather_module,
     gather_optimizer,
@@ -44,11 +50,18 @@ _NO_SYNC_BATCHNORM = frozenset({"cpu", "mps"})
 
 
 class EagerStrategy:
-    """What strategies with an eager step share. Subclass one of those below, or this one."""
+    """What strategies with an eager step share. Subclass one of those below, or this one.
+
+    Attributes:
+        prefetch: Copy batches beside the work, where the accelerator has a stream for that. Read
+            when the strategy is bound.
+    """
 
     name: ClassVar[str] = "eager"
+    prefetch: bool = True
 
     _bound: StrategyContext | None = None
+    _side: SideStreamFeed | None = None
     _device: torch.device
     _module: nn.Module | None = None
     _optimizers: tuple[torch.optim.Optimizer, ...] = ()
@@ -65,6 +78,9 @@ class EagerStrategy:
         strategy._device = context.accelerator.activate(  # noqa: SLF001
             context.device_index, context.world.local_size
         )
+        strategy._side = None  # noqa: SLF001
+        if self.prefetch and isinstance(context.accelerator, SupportsStreams):
+            strategy._side = SideStreamFeed(context.accelerator, strategy._device)  # noqa: SLF001
         strategy._check()  # noqa: SLF001
         return strategy
 
@@ -99,7 +115,7 @@ class EagerStrategy:
 
     def feed(self, batch: Any) -> Any:
         """The batch on the device; the same object if it is there already."""
-        return move(batch, self._device)
+        return move(batch, self._device) if self._side is None else self._side(batch)
 
     def train_step(self, spec: StepSpec) -> TrainStep:
         """Build the train step."""
@@ -217,9 +233,9 @@ class EagerStrategy:
         """Gather what an earlier strategy divided, and this one wants whole."""
         divided = [p for p in module.parameters() if hasattr(p, "device_mesh")]
         if "_drivetrain_stages" in vars(module):
-            from drivetrain_toolkit.strategies import pipeline
+            from drivetrain_toolkit.strategies import stages
 
-            if not pipeline.make_whole(module, self.context):
+            if not stages.make_whole(module, self.context):
                 raise ConfigurationError(
                     f"{type(module).__name__} holds one rank's layers from a run with 'pipeline' "
                     f"in another world than this of {self.context.world.size}.",
@@ -227,10 +243,11 @@ class EagerStrategy:
                 )
         if not divided:
             return
-        if self.context.world.size != divided[0].device_mesh.size():
+        earlier = max(p.device_mesh.size() for p in divided)
+        if self.context.world.size != earlier:
             raise ConfigurationError(
                 f"{type(module).__name__} holds one rank's parts from a run of "
-                f"{divided[0].device_mesh.size()} processes, and the strategy {self.name!r} has "
+                f"{earlier} processes, and the strategy {self.name!r} has "
                 f"{self.context.world.size}, so that the others cannot send theirs.",
                 "Load the run's checkpoint into a new module.",
             )

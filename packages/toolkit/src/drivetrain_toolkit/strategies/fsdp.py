@@ -19,6 +19,7 @@ from torch.distributed.fsdp import (
 )
 
 from drivetrain_toolkit.precision import _CastInputs, _install_cast
+from drivetrain_toolkit.rows import Gathered, GatheringStep
 from drivetrain_toolkit.shards import (
     Shards,
     gather_parts,
@@ -29,7 +30,14 @@ from drivetrain_toolkit.shards import (
 )
 from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.steps import EagerEvalStep, EagerTrainStep, make_train_step
-from drivetrain_toolkit.strategies.eager import EagerStrategy, with_options
+from drivetrain_toolkit.strategies.eager import EagerStrategy, moved, with_options
+from drivetrain_toolkit.strategies.plans import (
+    SameDraws,
+    Settled,
+    divide,
+    refuse_ties,
+    styles_of,
+)
 from drivetrain_toolkit.strategies.units import (
     Root,
     checkpoint_activations,
@@ -56,10 +64,12 @@ if TYPE_CHECKING:
         TrainStep,
     )
     from torch import Tensor, nn
+    from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
     from typing_extensions import Self
 
+    from drivetrain_toolkit.strategies.plans import Installed, Plan
     from drivetrain_toolkit.strategies.units import Wanted
 
 
@@ -74,6 +84,8 @@ class FSDPOptions:
     activation_checkpointing: Wanted | bool
     shards: int | None
     unused_parameters: bool
+    plan: Plan | None
+    plan_ranks: int | None
 
 
 class FSDPStrategy(EagerStrategy):
@@ -93,6 +105,9 @@ class FSDPStrategy(EagerStrategy):
             activations again in backward.
         shards: Ranks that share one copy; None means all. With fewer, copies are kept equal.
         unused_parameters: Ranks may use different parameters in a step.
+        plan: Single layers are divided besides, and the work in them, as in
+            ``TensorParallelStrategy``.
+        plan_ranks: Neighbouring ranks that share what the plan divides, and one batch.
     """
 
     name = "fsdp"
@@ -104,6 +119,8 @@ class FSDPStrategy(EagerStrategy):
     _step: EagerTrainStep | None = None
     _casts: frozenset[int] = frozenset()
     _mesh: DeviceMesh | None = None
+    _layers: Installed | None = None
+    _sharing: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -115,6 +132,8 @@ class FSDPStrategy(EagerStrategy):
         activation_checkpointing: Wanted | bool = False,
         shards: int | None = None,
         unused_parameters: bool = False,
+        plan: Plan | None = None,
+        plan_ranks: int | None = None,
     ) -> None:
         self._options = FSDPOptions(
             wrap,
@@ -124,6 +143,8 @@ class FSDPStrategy(EagerStrategy):
             activation_checkpointing,
             shards,
             unused_parameters,
+            plan,
+            plan_ranks,
         )
 
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -132,8 +153,9 @@ class FSDPStrategy(EagerStrategy):
         A module on the ``meta`` device gets memory and values here, one unit at a time.
 
         Raises:
-            ConfigurationError: ``wrap`` names nothing, or a module cannot make its values.
-            UnsupportedError: Units share a parameter.
+            ConfigurationError: ``wrap`` or the plan names nothing, or a module cannot make its
+                values.
+            UnsupportedError: Units share a parameter, or the plan cannot divide a layer.
         """
         self._release()
         unwrap(module)
@@ -152,6 +174,9 @@ class FSDPStrategy(EagerStrategy):
         self._cast_inputs(module)
         root = Root(module)
         done: set[int] = set()
+        if self._options.plan is not None:
+            self._divide_layers(module, self._options.plan)
+            done = {id(part) for part in module.modules()}
         for unit in (*units, root):
             self._divide(unit, done, root=unit is root)
         self._checkpoint(module, units)
@@ -174,17 +199,24 @@ class FSDPStrategy(EagerStrategy):
         if self._step is not None:
             self._step.release()
         self._optimizers = tuple(spec.optimizers)
+        forward: Callable[[Any], Tensor] = partial(self._forward, self._root, spec.loss)
+        update = shared_update(self.context.precision, None)
+        if self._layers is not None:
+            forward = SameDraws(forward, self.device, self._sharing)
+            update = Settled(update, spec, self.name)
         self._step = make_train_step(
             spec,
             self.context.precision,
-            forward=partial(self._forward, self._root, spec.loss),
+            forward=forward,
             no_sync=partial(unsynced, self._units),
             collectives=self.context.collectives,
             world_size=self.context.world.size,
-            update=shared_update(self.context.precision, None),
+            update=update,
             parts=_Parts(self._units),
         )
-        return self._step
+        if self._layers is None:
+            return self._step
+        return GatheringStep(self._step, Gathered(self._sharing, self.name))
 
     def eval_step(self, spec: EvalSpec) -> EvalStep:
         """Build an evaluation step. Entering it gathers all parameters, so all ranks enter it.
@@ -193,7 +225,9 @@ class FSDPStrategy(EagerStrategy):
         """
         if self._root is None:
             return super().eval_step(spec)
-        return _GatheredEvalStep(spec, self.context.precision, self._root, self._units, self._modes)
+        return _GatheredEvalStep(
+            spec, self.context.precision, self._root, self._units, self._modes, self._layers
+        )
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
         """Raises ``UnsupportedError``."""
@@ -266,6 +300,7 @@ class FSDPStrategy(EagerStrategy):
                 "which it does not divide.",
                 f"Use a divisor of {size}, or None for all ranks.",
             )
+        self._check_plan(size)
         if self._options.cpu_offload and self.device.type == "cpu":
             raise UnsupportedError(
                 f"cpu_offload=True was asked of the strategy {self.name!r}, and the devices are "
@@ -273,6 +308,35 @@ class FSDPStrategy(EagerStrategy):
                 "Leave it out.",
             )
         self._refuse_other_collectives()
+
+    def _check_plan(self, size: int) -> None:
+        plan, ranks, shards = self._options.plan, self._options.plan_ranks, self._options.shards
+        if (plan is None) != (ranks is None) or (plan is not None and shards is not None):
+            raise ConfigurationError(
+                f"plan, plan_ranks={ranks} and shards={shards} were asked of the strategy "
+                f"{self.name!r}; it takes plan and plan_ranks together, and neither with shards.",
+                "Give both, or leave out both.",
+            )
+        if ranks is not None and size > 1 and (ranks < 1 or size % ranks or ranks == size):
+            raise ConfigurationError(
+                f"plan_ranks={ranks} was asked of the strategy {self.name!r} in a world of {size}.",
+                f"Use a divisor of {size} that is smaller; 'tp' divides layers over all ranks.",
+            )
+
+    def _divide_layers(self, module: nn.Module, plan: Plan) -> None:
+        """Divide what the plan names over neighbouring ranks; units are then divided over rows."""
+        ranks = self._options.plan_ranks
+        assert ranks is not None
+        styles = styles_of(plan, module, self.name)
+        refuse_ties(module, styles, self.name)
+        materialize(module, (), self.device, initialize=self.context.world.is_main)
+        moved(module, self.device)
+        spread_from_main(module, (), self.context.collectives)
+        shape = (self.context.world.size // ranks, ranks)
+        both = init_device_mesh(self.device.type, shape, mesh_dim_names=("shard", "tp"))
+        self._mesh = both["shard"]
+        self._sharing = both["tp"].get_group()
+        self._layers = divide(module, styles, both["tp"], self.name)
 
     def _make_mesh(self) -> DeviceMesh:
         size = self.context.world.size
@@ -342,8 +406,10 @@ class FSDPStrategy(EagerStrategy):
             keep_activations(self._root)
             if self._options.mixed_precision is not None:
                 without_casts(self._root, self._casts)
+            if self._layers is not None:
+                self._layers.remove()
             gc.collect()  # torch keeps units in cycles, and with them what they had gathered
-        self._step = self._root = self._mesh = None
+        self._step = self._root = self._mesh = self._layers = self._sharing = None
         self._units = ()
 
 
@@ -382,7 +448,7 @@ class _Parts(Shards):
 class _GatheredEvalStep(EagerEvalStep):
     """Evaluation with all parameters gathered between entering and leaving."""
 
-    __slots__ = ("_modes", "_root", "_units")
+    __slots__ = ("_layers", "_modes", "_root", "_units")
 
     def __init__(
         self,
@@ -391,8 +457,10 @@ class _GatheredEvalStep(EagerEvalStep):
         root: Root,
         units: Sequence[FSDPModule],
         modes: Callable[..., bool | int],
+        layers: Installed | None,
     ) -> None:
         super().__init__(spec, precision)
+        self._layers = layers
         self._root = root
         self._units = units
         self._modes = modes
@@ -404,9 +472,13 @@ class _GatheredEvalStep(EagerEvalStep):
         for unit in self._units:
             unit.set_reshard_after_forward(False, recurse=False)
             unit.unshard()
+        if self._layers is not None:
+            self._layers.gather()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._layers is not None:
+            self._layers.scatter()
         for unit in self._units:
             mode = self._modes(root=unit is cast("FSDPModule", self._root))
             unit.set_reshard_after_forward(bool(mode), recurse=False)

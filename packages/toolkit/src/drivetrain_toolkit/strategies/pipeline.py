@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from drivetrain_interfaces import (
     ConfigurationError,
-    DataError,
     ModelState,
     UnsupportedError,
     UserCodeError,
@@ -19,44 +17,41 @@ from drivetrain_interfaces.errors import listed
 from torch import Tensor, nn
 from torch.distributed.pipelining import (
     PipelineStage,
-    Schedule1F1B,
-    ScheduleGPipe,
-    ScheduleInterleaved1F1B,
 )
 
 from drivetrain_toolkit.owners import gather_owned
-from drivetrain_toolkit.rows import Gathered, GatheringStep, count_rows, some_rows
-from drivetrain_toolkit.shards import Shards
+from drivetrain_toolkit.rows import Gathered, GatheringStep
 from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.state import gather_module, restore_module, restore_optimizers
-from drivetrain_toolkit.steps import EagerTrainStep
 from drivetrain_toolkit.strategies.eager import (
     EagerStrategy,
     WholeEvalStep,
     broadcast_module,
     with_options,
 )
-from drivetrain_toolkit.strategies.units import checkpoint_activations, keep_activations
+from drivetrain_toolkit.strategies.pipeline_step import SCHEDULES, PipelineStep
+from drivetrain_toolkit.strategies.stages import (
+    Line,
+    balanced,
+    empty,
+    fill,
+    refuse_outside,
+    refuse_ties,
+)
+from drivetrain_toolkit.strategies.tracing import owners_of, trace
+from drivetrain_toolkit.strategies.units import checkpoint_activations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from drivetrain_interfaces import (
         EvalSpec,
         EvalStep,
         ManualSpec,
         ManualStep,
-        Precision,
         StepSpec,
-        StrategyContext,
         TrainStep,
     )
-
-_SCHEDULES = {
-    "gpipe": ScheduleGPipe,
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-}
 
 
 @dataclass(frozen=True)
@@ -69,33 +64,42 @@ class PipelineOptions:
     microbatches: int
     schedule: str
     activation_checkpointing: bool
+    copies: int
+    example: Tensor | None
 
 
 class PipelineStrategy(EagerStrategy):
-    """Each rank holds some consecutive layers of an ``nn.Sequential``; batches flow through all.
+    """Each rank holds some consecutive layers of a module; batches flow through all.
 
+    The module is an ``nn.Sequential``, or any other that torch can trace, if there is an example.
     What ranks draw together is the batch: it enters at the first rank, in parts, and the loss is
-    computed at the last. All parameters must be in the sequence, and the loss function must call it
+    computed at the last. All parameters must be in that module, and the loss function must call it
     once, with one tensor whose rows are the samples.
 
     Args:
-        module: Name of the sequence in the user's module. None means the module itself, or its
-            only child that is one.
+        module: Name of what is divided in the user's module. None means the module itself, or its
+            only child that is a sequence; with an example, its only child or else the module.
         balance: Layers of each stage. None divides parameters as evenly as layers allow.
         split: Instead of ``balance``, names of the layers with which stages begin, but the first.
         microbatches: Parts of a batch. One that they do not divide has fewer.
         schedule: ``"gpipe"``, ``"1f1b"``, or ``"interleaved"``, in which each rank has several
             stages: those of ``balance`` or ``split`` in turn, two for each rank by default.
         activation_checkpointing: Layers make their activations again in backward.
+        copies: Pipelines beside each other, each with neighbouring ranks and a batch of its own,
+            that average gradients.
+        example: What a module that is no sequence is called with, such as a tensor of one row. It
+            is traced with that, and with the shapes of batches; ``split`` names the modules with
+            which stages begin.
     """
 
     name = "pipeline"
     capabilities: ClassVar = CAPABILITIES["pipeline"]
 
     _owners: dict[str, int] | None = None
-    _sequence: nn.Sequential | None = None
+    _sequence: nn.Module | None = None
     _bounds: tuple[tuple[int, int], ...] = ()
-    _step: _PipelineStep | None = None
+    _step: PipelineStep | None = None
+    _line: Line | None = None
 
     def __init__(
         self,
@@ -106,6 +110,8 @@ class PipelineStrategy(EagerStrategy):
         microbatches: int = 4,
         schedule: str = "gpipe",
         activation_checkpointing: bool = False,
+        copies: int = 1,
+        example: Tensor | None = None,
     ) -> None:
         self._options = PipelineOptions(
             module,
@@ -114,6 +120,8 @@ class PipelineStrategy(EagerStrategy):
             microbatches,
             schedule,
             activation_checkpointing,
+            copies,
+            example,
         )
 
     def prepare(self, module: nn.Module) -> nn.Module:
@@ -132,26 +140,23 @@ class PipelineStrategy(EagerStrategy):
         module = super().prepare(module)
         broadcast_module(module, self.context.collectives)
         sequence = self._find(module)
-        self._bounds = self._divide(sequence)
         prefix = next(name for name, part in module.named_modules() if part is sequence)
-        size = self.context.world.size
-        layer_owner = {
-            layer: number % size
-            for number, (first, last) in enumerate(self._bounds)
-            for layer in [name for name, _ in list(sequence.named_children())[first:last]]
-        }
+        size = self._stages()
+        self._line = Line(self.context.world.size // size, self.device)
         start = f"{prefix}." if prefix else ""
-        self._owners = {
-            f"{start}{layer}.{name}": owner
-            for layer, owner in layer_owner.items()
-            for name, _ in sequence.get_submodule(layer).named_parameters(remove_duplicate=False)
-        }
-        _refuse_outside(module, self._owners, self.name)
-        _refuse_ties(module, self._owners, self.name)
-        empty(module, self._owners, self.context.world.rank)
-        module.__dict__["_drivetrain_stages"] = (size, self._owners, prefix)
+        owners = self._owners_in(sequence)
+        self._owners = {f"{start}{name}": owner for name, owner in owners.items()}
+        refuse_outside(module, self._owners, self.name)
+        refuse_ties(module, self._owners, self.name)
+        empty(module, self._owners, self._line.stage)
+        module.__dict__["_drivetrain_stages"] = (
+            self.context.world.size,
+            size,
+            self._owners,
+            prefix,
+        )
         if self._options.activation_checkpointing:
-            checkpoint_activations(list(sequence))
+            checkpoint_activations(list(sequence.children()))
         self._sequence = sequence
         self._module = module
         return module
@@ -181,8 +186,9 @@ class PipelineStrategy(EagerStrategy):
         if self._step is not None:
             self._step.release()
         self._optimizers = tuple(spec.optimizers)
-        self._step = _PipelineStep(spec, self.context.precision, self)
-        return GatheringStep(self._step, Gathered(None, self.name))
+        self._step = PipelineStep(spec, self.context.precision, self)
+        assert self._line is not None
+        return GatheringStep(self._step, Gathered(self._line.group, self.name))
 
     def eval_step(self, spec: EvalSpec) -> EvalStep:
         """Build an evaluation step. Entering it gathers all layers, so all ranks enter it."""
@@ -223,7 +229,8 @@ class PipelineStrategy(EagerStrategy):
         if self._owners is None:
             super().load(state, strict=strict)
             return
-        module, rank = self._prepared(), self.context.world.rank
+        assert self._line is not None
+        module, stage = self._prepared(), self._line.stage
         with torch.no_grad():
             self._restore_module(state, strict=strict)
         some = [
@@ -232,7 +239,7 @@ class PipelineStrategy(EagerStrategy):
                 "state": {
                     name: value
                     for name, value in saved["state"].items()
-                    if self._owners.get(name, rank) == rank
+                    if self._owners.get(name, stage) == stage
                 },
             }
             for saved in state.optimizers
@@ -248,12 +255,14 @@ class PipelineStrategy(EagerStrategy):
     def gather(self) -> None:
         """Give every rank the memory and values of all layers. Every rank calls it."""
         assert self._owners is not None
-        fill(self._prepared(), self._owners, self.context)
+        assert self._line is not None
+        fill(self._prepared(), self._owners, self.context, self._line.stage)
 
     def scatter(self) -> None:
         """Keep this rank's layers only."""
         assert self._owners is not None
-        empty(self._prepared(), self._owners, self.context.world.rank)
+        assert self._line is not None
+        empty(self._prepared(), self._owners, self._line.stage)
 
     def _restore_module(self, state: ModelState, *, strict: bool) -> None:
         self.gather()
@@ -269,10 +278,10 @@ class PipelineStrategy(EagerStrategy):
         super()._check()
         self._refuse_other_devices()
         options = self._options
-        if options.schedule not in _SCHEDULES:
+        if options.schedule not in SCHEDULES:
             raise ConfigurationError(
                 f"schedule={options.schedule!r} was asked of the strategy {self.name!r}; there is "
-                f"{listed(_SCHEDULES)}.",
+                f"{listed(SCHEDULES)}.",
                 "Use one of them.",
             )
         if options.microbatches < 1:
@@ -280,32 +289,113 @@ class PipelineStrategy(EagerStrategy):
                 f"microbatches={options.microbatches} was asked of the strategy {self.name!r}.",
                 "Give 1 or more.",
             )
-        if options.balance is not None and options.split is not None:
+        size = self.context.world.size
+        if options.copies < 1 or size % options.copies or (size > 1 and size == options.copies):
             raise ConfigurationError(
-                f"balance and split were both asked of the strategy {self.name!r}.",
+                f"copies={options.copies} was asked of the strategy {self.name!r} in a world of "
+                f"{size}.",
+                f"Use a divisor of {size} that leaves two ranks or more for each copy.",
+            )
+        some = (options.split, options.example)
+        if options.balance is not None and any(each is not None for each in some):
+            raise ConfigurationError(
+                f"balance was asked of the strategy {self.name!r} besides split or an example.",
                 "Keep one of them.",
             )
+        if options.example is not None and options.activation_checkpointing:
+            raise ConfigurationError(
+                f"activation_checkpointing and an example were asked of the strategy "
+                f"{self.name!r}, which traces modules as they are.",
+                "Call torch.utils.checkpoint in the module, or leave one of them out.",
+            )
 
-    def _find(self, module: nn.Module) -> nn.Sequential:
-        name = self._options.module
+    @property
+    def options(self) -> PipelineOptions:
+        """The options, as one value."""
+        return self._options
+
+    @property
+    def divided(self) -> nn.Module:
+        """What is divided."""
+        assert self._sequence is not None
+        return self._sequence
+
+    def line(self) -> tuple[Line, frozenset[int]]:
+        """This rank's pipeline, and the parameters of this rank's layers, by ``id``."""
+        assert self._owners is not None
+        assert self._line is not None
+        named, stage = dict(self._prepared().named_parameters()), self._line.stage
+        held = frozenset(id(p) for name, p in named.items() if self._owners[name] == stage)
+        return self._line, held
+
+    def _stages(self) -> int:
+        """How many ranks share one copy of the module."""
+        return self.context.world.size // self._options.copies
+
+    def _find(self, module: nn.Module) -> nn.Module:
+        name, traced = self._options.module, self._options.example is not None
+        kind = nn.Module if traced else nn.Sequential
+        found: nn.Module | None = module
         if name is not None:
             found = dict(module.named_modules()).get(name)
-        elif isinstance(module, nn.Sequential):
-            found = module
-        else:
-            some = [part for part in module.children() if isinstance(part, nn.Sequential)]
-            found = some[0] if len(some) == 1 else None
-        if not isinstance(found, nn.Sequential):
+        elif not isinstance(module, nn.Sequential):
+            some = [part for part in module.children() if isinstance(part, kind)]
+            found = some[0] if len(some) == 1 else module if traced else None
+        if not isinstance(found, kind):
             raise ConfigurationError(
                 f"The strategy {self.name!r} divides an nn.Sequential, and "
                 f"{type(module).__name__} has "
                 + (f"none of the name {name!r}." if name is not None else "not exactly one."),
-                "Put the layers into one, and give its name by module=.",
+                "Put the layers into one, and give its name by module=; or give an example, with "
+                "which any other module is traced.",
             )
         return found
 
+    def _owners_in(self, net: nn.Module) -> dict[str, int]:
+        """Which stage has each parameter of what is divided, by its names there."""
+        size = self._stages()
+        if self._options.example is None:
+            assert isinstance(net, nn.Sequential)
+            self._bounds = self._divide(net)
+            return {
+                f"{layer}.{name}": number % size
+                for number, (first, last) in enumerate(self._bounds)
+                for layer in [name for name, _ in list(net.named_children())[first:last]]
+                for name, _ in net.get_submodule(layer).named_parameters(remove_duplicate=False)
+            }
+        split = self._options.split or ()
+        each, rest = divmod(len(split) + 1, size)
+        if rest or (each > 1) != (self._options.schedule == "interleaved"):
+            raise ConfigurationError(
+                f"split={list(split)} was asked of the strategy {self.name!r} with an example, "
+                f"schedule={self._options.schedule!r} and {size} processes, which do not fit.",
+                "Name the modules with which stages begin: as many as there are processes, less "
+                "one; or for several stages each, if interleaved.",
+            )
+        example = self._options.example.to(self.device)
+        return owners_of(net, trace(net, example, split, self.name), size, self.name)
+
+    def made_stages(self, example: Callable[[], Tensor]) -> list[Any]:
+        """This rank's stages; ``example`` makes what a part of a batch is for the first one."""
+        net, line, options = self._sequence, self._line, self._options
+        assert net is not None
+        assert line is not None
+        if options.example is not None:
+            pipe = trace(net, example(), options.split or (), self.name)
+            return [
+                pipe.build_stage(number, self.device, line.group)
+                for number in range(line.stage, pipe.num_stages, line.stages)
+            ]
+        assert isinstance(net, nn.Sequential)
+        bounds = self._bounds
+        return [
+            PipelineStage(net[first:last], number, len(bounds), self.device, group=line.group)
+            for number, (first, last) in enumerate(bounds)
+            if number % line.stages == line.stage
+        ]
+
     def _divide(self, sequence: nn.Sequential) -> tuple[tuple[int, int], ...]:
-        options, size = self._options, self.context.world.size
+        options, size = self._options, self._stages()
         names = [name for name, _ in sequence.named_children()]
         if options.balance is not None:
             counts = options.balance
@@ -344,80 +434,7 @@ class PipelineStrategy(EagerStrategy):
             self._step.release()
         if self._sequence is not None:
             self._sequence.forward = _refuse_use  # type: ignore[method-assign]
-        self._step = self._sequence = self._owners = None
-
-
-def balanced(sizes: Sequence[int], parts: int) -> tuple[int, ...]:
-    """How many consecutive items each part gets, so that the largest part is small.
-
-    Every part gets at least one item, while there are any.
-    """
-    counts, first = [], 0
-    for part in range(parts):
-        left = parts - part
-        target = sum(sizes[first:]) / left
-        last, held = first, 0.0
-        while last < len(sizes) - (left - 1):
-            if last > first and left > 1 and held + sizes[last] / 2 > target:
-                break
-            held += sizes[last]
-            last += 1
-        counts.append(last - first)
-        first = last
-    return tuple(counts)
-
-
-def fill(module: nn.Module, owners: Mapping[str, int], context: StrategyContext) -> None:
-    """Give memory to the layers of other ranks, and their owner's values to all."""
-    rank, collectives = context.world.rank, context.collectives
-    with torch.no_grad():
-        for name, owner in _layers(owners).items():
-            part = module.get_submodule(name)
-            if owner != rank:
-                _with_memory(part, full=True)
-            for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False)):
-                tensor.data.copy_(collectives.broadcast(tensor.detach(), owner))
-
-
-def empty(module: nn.Module, owners: Mapping[str, int], rank: int) -> None:
-    """Take the memory of other ranks' layers away."""
-    for name, owner in _layers(owners).items():
-        if owner != rank:
-            _with_memory(module.get_submodule(name), full=False)
-
-
-def make_whole(module: nn.Module, context: StrategyContext) -> bool:
-    """Undo what ``prepare`` of an earlier run did; False if that had another number of ranks."""
-    size, owners, name = module.__dict__["_drivetrain_stages"]
-    if size != context.world.size:
-        return False
-    del module.__dict__["_drivetrain_stages"]
-    sequence = module.get_submodule(name)
-    vars(sequence).pop("forward", None)
-    keep_activations(sequence)
-    fill(module, owners, context)
-    return True
-
-
-def _layers(owners: Mapping[str, int]) -> dict[str, int]:
-    return {name.rpartition(".")[0]: owner for name, owner in owners.items()}
-
-
-def _with_memory(part: nn.Module, *, full: bool) -> None:
-    """New memory for a module's own tensors; optimizers go on holding the same parameters.
-
-    Without, a tensor is one number in its shape.
-    """
-    for parameter in part.parameters(recurse=False):
-        parameter.data = _blank(parameter, full=full)
-    for name, buffer in list(part.named_buffers(recurse=False)):
-        setattr(part, name, _blank(buffer, full=full))
-
-
-def _blank(tensor: Tensor, *, full: bool) -> Tensor:
-    if full:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return tensor.new_zeros(()).expand(tensor.shape)
+        self._step = self._sequence = self._owners = self._line = None
 
 
 def _refuse_use(*_: Any) -> Any:
@@ -425,149 +442,3 @@ def _refuse_use(*_: Any) -> Any:
         "A module of which this rank holds some layers only was called after its run.",
         "Give it to a trainer again, or load the run's checkpoint into a new one.",
     )
-
-
-def _refuse_outside(module: nn.Module, owners: Mapping[str, int], name: str) -> None:
-    outside = [n for n, _ in module.named_parameters(remove_duplicate=False) if n not in owners]
-    if outside:
-        raise UnsupportedError(
-            f"The strategy {name!r} divides a sequence of layers, and {listed(outside)} "
-            f"{'is' if len(outside) == 1 else 'are'} not in it.",
-            "Make them layers of the sequence.",
-        )
-
-
-def _refuse_ties(module: nn.Module, owners: Mapping[str, int], name: str) -> None:
-    groups: dict[int, list[str]] = {}
-    for parameter, value in module.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(value), []).append(parameter)
-    for names in groups.values():
-        if len({owners[each] for each in names}) > 1:
-            raise UnsupportedError(
-                f"The strategy {name!r} was asked to put {listed(names)} on several ranks, which "
-                "are one parameter with several names.",
-                "Choose stages so that all of them are in one, or untie them.",
-            )
-
-
-class _Entered(BaseException):  # no error: it ends the loss function where the sequence begins
-    """Carries what the sequence was called with."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-class _PipelineStep(EagerTrainStep):
-    """A train step whose forward and backward are one, on a schedule."""
-
-    __slots__ = ("_device", "_losses", "_owner", "_parts", "_plan", "_share", "_spec", "_whole")
-
-    def __init__(self, spec: StepSpec, precision: Precision, owner: PipelineStrategy) -> None:
-        super().__init__(
-            spec, precision, parts=Shards(everywhere=[cast("dist.ProcessGroup", dist.group.WORLD)])
-        )
-        self._spec = spec
-        self._owner: PipelineStrategy | None = owner
-        self._device = owner.device
-        self._plan: tuple[int, Any] | None = None
-        self._whole: Any = None
-        self._share: Tensor | float = 1.0
-        self._losses: list[Tensor] = []
-        self._parts = 1
-
-    def release(self) -> None:
-        """Let go of the stages. The step cannot be called any more."""
-        super().release()
-        self._owner = self._plan = None
-
-    def _differentiate(self, microbatch: Any, share: Tensor | float | None) -> Tensor:
-        if self._owner is None:
-            return self._forward(microbatch)  # says that it was released
-        rows = count_rows(microbatch, self._owner.name)
-        schedule = self._schedule(rows)
-        world = self._owner.context.world
-        self._whole, self._share, self._losses = microbatch, 1.0 if share is None else share, []
-        last = dist.get_world_size() - 1
-        with self._autocast():
-            arguments = (self._input(microbatch),) if world.rank == 0 else ()
-            target = {"target": torch.arange(rows)} if world.rank == last else {}
-            schedule.step(*arguments, **target)
-        if self._after_backward is not None:
-            self._after_backward()
-        loss = (
-            torch.stack(self._losses).sum()
-            if self._losses
-            else torch.zeros((), device=self._device)
-        )
-        dist.broadcast(loss, last)
-        return loss
-
-    def _schedule(self, rows: int) -> Any:
-        if self._plan is not None and self._plan[0] == rows:
-            return self._plan[1]
-        owner = self._owner
-        assert owner is not None
-        sequence, options = owner._sequence, owner._options  # noqa: SLF001 - two halves of one
-        assert sequence is not None
-        size, rank = owner.context.world.size, owner.context.world.rank
-        parts = next(n for n in range(min(options.microbatches, rows), 0, -1) if rows % n == 0)
-        bounds = owner._bounds  # noqa: SLF001
-        stages = [
-            PipelineStage(sequence[first:last], number, len(bounds), self._device)
-            for number, (first, last) in enumerate(bounds)
-            if number % size == rank
-        ]
-        kind = _SCHEDULES[options.schedule]
-        held: Any = stages if options.schedule == "interleaved" else stages[0]
-        try:
-            made = kind(held, parts, loss_fn=self._part_loss, scale_grads=False)
-        except ValueError as error:
-            raise DataError(
-                f"A batch of {rows} rows was given to the strategy {owner.name!r} on {size} "
-                f"processes, which makes {parts} microbatches of it; "
-                f"{options.schedule!r} wants more.",
-                "Use larger batches, other microbatches, or schedule='gpipe'.",
-            ) from error
-        self._parts = parts
-        self._plan = (rows, made)
-        return made
-
-    def _input(self, microbatch: Any) -> Tensor:
-        """What the user's loss function gives to the sequence."""
-        try:
-            with torch.no_grad():
-                self._through(microbatch, _enter)
-        except _Entered as entered:
-            if isinstance(entered.value, Tensor):
-                return entered.value
-            raise UserCodeError(
-                f"The loss function called the sequence with a {type(entered.value).__name__}.",
-                "Call it with one tensor whose rows are the samples.",
-            ) from None
-        raise UserCodeError(
-            "The loss function did not call the sequence that the strategy 'pipeline' divides.",
-            "Call it once, with one tensor whose rows are the samples.",
-        )
-
-    def _part_loss(self, output: Tensor, rows: Tensor) -> Tensor:
-        """The loss of one part, for its share of the whole."""
-        first, count = int(rows[0]), rows.shape[0]
-        part = some_rows(self._whole, first, first + count)
-        loss = self._through(part, lambda _: output) / self._parts
-        self._losses.append(loss.detach())
-        return loss * self._share
-
-    def _through(self, microbatch: Any, instead: Any) -> Tensor:
-        """The user's loss, with something in the place of the sequence."""
-        assert self._owner is not None
-        sequence = self._owner._sequence  # noqa: SLF001
-        assert sequence is not None
-        sequence.forward = instead  # type: ignore[method-assign]
-        try:
-            return self._spec.loss(self._spec.module, microbatch)
-        finally:
-            del sequence.forward
-
-
-def _enter(value: Any, *_: Any) -> Any:
-    raise _Entered(value)
