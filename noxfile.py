@@ -538,12 +538,26 @@ def network(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def strategies(session: nox.Session) -> None:
-    """Run the kit on two and four CPU processes with each strategy that divides state."""
-    python = shared_python(session)
+    """Try all combinations with each strategy, and run the kit: ``nox -s strategies -- fsdp``.
+
+    The kit runs on CPU processes and on simulated devices. Reports are left in ``build/reports``.
+    """
+    python, home = shared_python(session), ROOT / "tests-integration"
+    names = session.posargs or ("ddp2", "dp", "fsdp", "pipeline", "rpc", "tp", "zero1", "zero2")
+    script = str(home / "scripts/strategy_matrix.py")
+    path = os.pathsep.join([str(home / "scripts"), str(ROOT / FOLDER / "conformance/tests")])
+    session.run(python, script, *session.posargs, env={"PYTHONPATH": path}, external=True)
     session.run(python, "ci/strategy_table.py", external=True)
-    for name in session.posargs or ("zero1", "zero2", "fsdp"):
-        session.run(
-            python, "-m", "pytest", "--pyargs", "drivetrain_conformance.suite",
-            "--drivetrain-backend=cpu", f"--drivetrain-strategy={name}", "--drivetrain-level=2",
-            external=True,
-        )  # fmt: skip
+    env = {"PYTHONPATH": path, "DRIVETRAIN_SIMULATED": '{"devices": 4}'}
+    session.chdir(session.create_tmp())
+    for name in names:
+        target = {"tp": "kit_strategies:TP", "pipeline": "kit_strategies:PIPELINE"}.get(name, name)
+        known = home / f"conformance/{name}.toml"
+        for place, backend in (("cpu", "cpu"), ("simulated", "simulated_backend:spec")):
+            session.run(
+                python, "-m", "pytest", "--pyargs", "drivetrain_conformance.suite",
+                f"--drivetrain-backend={backend}", f"--drivetrain-strategy={target}",
+                f"--drivetrain-report={ROOT / REPORTS / f'{place}-{name}.json'}",
+                *([f"--drivetrain-xfails={known}"] if known.exists() else []),
+                env=env, external=True,
+            )  # fmt: skip

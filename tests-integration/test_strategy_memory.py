@@ -13,18 +13,20 @@ DEPTH = 8
 MADE = {"width": 256, "depth": DEPTH}
 UNIT = 1 / DEPTH  # of all parameters, which are those of the blocks but for a few
 ADAM = 2.0  # two tensors for each parameter
+UPDATE = 1.0  # what torch computes for all parameters at once in an update
 
 
 def expected(kind, ranks):
-    """The peak, in copies of all parameters: what is kept, and what a step needs at most."""
+    """The peak, in copies of all parameters: in the update, or where backward is at its widest."""
     share = 1 / ranks
     if kind == "DDPStrategy":
-        return 1 + 1 + 1 + ADAM  # parameters, gradients, buckets
+        return 1 + 1 + 1 + ADAM + UPDATE  # parameters, gradients, buckets
     if kind == "Zero1Strategy":
-        return 1 + 1 + 1 + ADAM * share
-    if kind == "Zero2Strategy":
-        return (1 + 1 + ADAM) * share + 1
-    return (1 + 1 + ADAM) * share
+        return 1 + 1 + 1 + (ADAM + UPDATE) * share
+    update = (1 + 1 + ADAM + UPDATE) * share
+    if kind == "Zero2Strategy":  # all gathered, and whole gradients of the units at work
+        return max(update, (1 + ADAM) * share + 1 + 2 * UNIT)
+    return max(update, (1 + 1 + ADAM) * share + 3 * UNIT)  # units gathered, one ahead, gradients
 
 
 @pytest.fixture(scope="module")
@@ -52,5 +54,4 @@ def test_the_peak_of_a_step_is_what_the_division_leaves(devices, size, kind):
     for answer in devices(size).run(
         "strategy_worlds:peak", "memory", kind=kind, options={}, made=MADE
     ):
-        print(kind, size, answer)
-        assert answer["peak"] == pytest.approx(expected(kind, size), abs=4 * UNIT)
+        assert answer["peak"] == pytest.approx(expected(kind, size), abs=UNIT), answer

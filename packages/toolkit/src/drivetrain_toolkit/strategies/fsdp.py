@@ -44,6 +44,7 @@ from drivetrain_toolkit.strategies.units import (
     chosen,
     keep_activations,
     materialize,
+    place,
     refuse_ties_across,
     spread_from_main,
     unsynced,
@@ -350,6 +351,7 @@ class FSDPStrategy(EagerStrategy):
         if self._mesh is None:
             self._mesh = self._make_mesh()
         materialize(unit, done, self.device, initialize=self.context.world.is_main)
+        place(unit, done, self.device)
         spread_from_main(unit, done, self.context.collectives)
         options = self._options
         fully_shard(
@@ -359,6 +361,8 @@ class FSDPStrategy(EagerStrategy):
             mp_policy=options.mixed_precision or MixedPrecisionPolicy(cast_forward_inputs=False),
             offload_policy=CPUOffloadPolicy() if options.cpu_offload else OffloadPolicy(),
         )
+        if self.device.type != "cpu":
+            _only_sums(unit)
         if options.unused_parameters:
             _allow_unused(unit)
         done |= {id(part) for part in unit.modules()}
@@ -483,6 +487,13 @@ class _GatheredEvalStep(EagerEvalStep):
             mode = self._modes(root=unit is cast("FSDPModule", self._root))
             unit.set_reshard_after_forward(bool(mode), recurse=False)
             unit.reshard()
+
+
+def _only_sums(unit: nn.Module) -> None:
+    """Let ranks add gradients and divide: the collectives of many devices have no average."""
+    only = getattr(unit, "set_force_sum_reduction_for_comms", None)
+    if only is not None:  # older versions of torch average wherever the backend can
+        only(True)  # noqa: FBT003 - torch's signature
 
 
 def _allow_unused(unit: nn.Module) -> None:

@@ -433,7 +433,7 @@ class PipelineStrategy(EagerStrategy):
         if self._step is not None:
             self._step.release()
         if self._sequence is not None:
-            self._sequence.forward = _refuse_use  # type: ignore[method-assign]
+            self._sequence.forward = _refuse_use
         self._step = self._sequence = self._owners = self._line = None
 
 

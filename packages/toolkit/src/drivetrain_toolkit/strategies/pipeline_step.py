@@ -166,7 +166,7 @@ class PipelineStep(EagerTrainStep):
         """The user's loss, with something in the place of the sequence."""
         assert self._owner is not None
         sequence = self._owner.divided
-        sequence.forward = instead  # type: ignore[method-assign]
+        sequence.forward = instead
         try:
             return self._spec.loss(self._spec.module, microbatch)
         finally:

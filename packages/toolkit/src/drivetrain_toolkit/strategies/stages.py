@@ -56,7 +56,7 @@ class Line:
             present = grads[0].new_tensor([p.grad is not None for p in some])
             flat = torch.cat([*(grad.reshape(-1) for grad in grads), present]).div_(self.copies)
             dist.all_reduce(flat, group=self._alike)
-            *parts, present = flat.split([*(grad.numel() for grad in grads), len(some)])
+            *parts, present = torch.split(flat, [*(grad.numel() for grad in grads), len(some)])
             for number, (parameter, grad, part) in enumerate(zip(some, grads, parts, strict=True)):
                 if parameter.grad is None and not present[number]:
                     continue

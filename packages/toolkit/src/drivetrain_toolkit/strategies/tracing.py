@@ -36,6 +36,8 @@ def trace(net: nn.Module, example: Tensor, split: Sequence[str], owner: str) -> 
             f"split names {listed(unknown)}, and {type(net).__name__} has no such module.",
             "Give names of net.named_modules() with which a stage begins.",
         )
+    parts = [vars(net.get_submodule(name)) for name in split]
+    before = [dict(part) for part in parts]
     try:
         made = pipeline(net, (example,), split_spec=dict.fromkeys(split, SplitPoint.BEGINNING))
     except Exception as error:
@@ -44,6 +46,11 @@ def trace(net: nn.Module, example: Tensor, split: Sequence[str], owner: str) -> 
             f"cannot trace ({type(error).__name__}).",
             "Take code that depends on values out of its forward, or divide an nn.Sequential.",
         ) from error
+    finally:  # torch marks modules by functions in the place of theirs, and leaves them there
+        for part, kept in zip(parts, before, strict=True):
+            for key in part.keys() - kept.keys():
+                del part[key]
+            part.update(kept)
     if made.num_stages != len(split) + 1:
         raise ConfigurationError(
             f"split={list(split)} makes {made.num_stages} stages of a {type(net).__name__}, since "
@@ -70,17 +77,19 @@ def owners_of(net: nn.Module, made: Pipe, stages: int, owner: str) -> dict[str, 
         for parameter in made.get_stage_module(number).parameters():
             found.setdefault(id(parameter), set()).add(number % stages)
     named = [(n, p) for n, p in net.named_parameters(remove_duplicate=False) if id(p) in found]
-    groups: dict[object, list[str]] = {}
-    ranks: dict[object, set[int]] = {}
-    for name, parameter in named:
-        for key in (id(parameter), name.rpartition(".")[0]):
-            groups.setdefault(key, []).append(name)
+    for by_module in (False, True):
+        groups: dict[str | int, set[int]] = {}
+        ranks: dict[str | int, set[int]] = {}
+        for name, parameter in named:
+            key = name.rpartition(".")[0] if by_module else id(parameter)
+            groups.setdefault(key, set()).add(id(parameter))
             ranks.setdefault(key, set()).update(found[id(parameter)])
-    for key, names in groups.items():
-        if len(ranks[key]) > 1:
-            raise UnsupportedError(
-                f"The strategy {owner!r} was asked to put {listed(names)} on several ranks, which "
-                "are one parameter, or belong to one module.",
-                "Choose stages so that all of them are in one, or untie them.",
-            )
+        for key, members in groups.items():
+            if len(ranks[key]) > 1:
+                names = [name for name, parameter in named if id(parameter) in members]
+                raise UnsupportedError(
+                    f"The strategy {owner!r} was asked to put {listed(names)} on several ranks, "
+                    "which are one parameter, or belong to one module.",
+                    "Choose stages so that all of them are in one, or untie them.",
+                )
     return {name: next(iter(found[id(parameter)])) for name, parameter in named}

@@ -144,6 +144,27 @@ def materialize(
             setattr(module.get_submodule(owner), attribute, module.get_parameter(first))
 
 
+def place(module: nn.Module, done: Collection[int], device: torch.device) -> None:
+    """Bring a unit to the device; what is in ``done`` is left alone.
+
+    Parameters become new ones, since not every device's tensors can take the place of others.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        if id(part) in done:
+            continue
+        for name, parameter in list(part.named_parameters(recurse=False, remove_duplicate=False)):
+            if parameter.device == device:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(
+                    parameter.detach().to(device), requires_grad=parameter.requires_grad
+                )
+            setattr(part, name, made[id(parameter)])
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            setattr(part, name, buffer.to(device))
+
+
 def spread_from_main(module: nn.Module, done: Collection[int], collectives: Collectives) -> None:
     """Give every rank rank 0's parameters and buffers of a unit, in place."""
     sent: set[int] = set()
