@@ -161,6 +161,13 @@ def test_a_module_is_prepared_again_and_evaluated_unevenly(worlds, kind):
     [
         ("FSDPStrategy", {"shards": 3}, "bind", ("shards=3", "world of 2")),
         ("FSDPStrategy", {"cpu_offload": True}, "bind", ("cpu_offload", "host")),
+        ("FSDPStrategy", {"plan_ranks": 2}, "bind", ("plan_ranks=2", "together")),
+        (
+            "FSDPStrategy",
+            {"plan": {"first": "colwise"}, "plan_ranks": 2},
+            "bind",
+            ("divisor of 2",),
+        ),
         ("FSDPStrategy", {"wrap": ["blocks.9"]}, "prepare", ("blocks.9", "Model")),
         ("FSDPStrategy", {}, "tied", ("blocks.0.inner.weight", "blocks.1.inner.weight")),
         ("FSDPStrategy", {}, "early", ("AdamW", "before", "prepare")),

@@ -311,12 +311,15 @@ class FSDPStrategy(EagerStrategy):
         self._refuse_other_collectives()
 
     def _check_plan(self, size: int) -> None:
-        plan, ranks, shards = self._options.plan, self._options.plan_ranks, self._options.shards
-        if (plan is None) != (ranks is None) or (plan is not None and shards is not None):
+        options = self._options
+        plan, ranks = options.plan, options.plan_ranks
+        other = options.shards is not None or options.cpu_offload
+        if (plan is None) != (ranks is None) or (plan is not None and other):
             raise ConfigurationError(
-                f"plan, plan_ranks={ranks} and shards={shards} were asked of the strategy "
-                f"{self.name!r}; it takes plan and plan_ranks together, and neither with shards.",
-                "Give both, or leave out both.",
+                f"plan, plan_ranks={ranks}, shards={options.shards} and "
+                f"cpu_offload={options.cpu_offload} were asked of the strategy {self.name!r}; it "
+                "takes plan and plan_ranks together, and without the others.",
+                "Give both of them, or neither.",
             )
         if ranks is not None and size > 1 and (ranks < 1 or size % ranks or ranks == size):
             raise ConfigurationError(
