@@ -7,7 +7,13 @@ import warnings
 import pytest
 import torch
 import torch_xla.debug.metrics as met
-from drivetrain_interfaces import Clip, EvalSpec, ManualSpec, UnsupportedError
+from drivetrain_interfaces import (
+    Clip,
+    ConfigurationError,
+    EvalSpec,
+    ManualSpec,
+    UnsupportedError,
+)
 from torch import nn
 from torch_xla.amp import syncfree
 
@@ -161,6 +167,14 @@ def test_optimizers_of_torch_xla_train_alike(lab, name):
 def test_a_fused_optimizer_is_refused_by_name(lab):
     with pytest.raises(UnsupportedError, match=r"AdamW\(fused=True\)"):
         lab.build(lab.bind(), optimizer=lambda p: torch.optim.AdamW(p, fused=True))
+
+
+def test_an_optimizer_from_before_the_move_is_refused(lab):
+    """It would update parameters that are none of the module's, and nobody would notice."""
+    model = lab.model()
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match="4 of its parameters"):
+        lab.build(lab.bind(), model=model, optimizer=lambda _: early)
 
 
 def test_synchronized_batch_statistics_are_refused(lab):

@@ -20,7 +20,7 @@ from drivetrain_toolkit.strategies.eager import broadcast_module
 from drivetrain_xla import CAPABILITIES
 from drivetrain_xla.runtime import open_runtime, spans
 from drivetrain_xla.steps import XlaManualStep, XlaTrainStep
-from drivetrain_xla.strategies import XlaStrategy, refuse_fused
+from drivetrain_xla.strategies import XlaStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -94,12 +94,12 @@ class ReplicaStrategy(XlaStrategy):
 
         Raises:
             UnsupportedError: An optimizer is fused, or the step is to be one graph where it is not.
+            ConfigurationError: An optimizer was built before the module was moved.
         """
         context = self.context
         if context.world.size == 1:
             return super().train_step(spec)
-        refuse_fused(spec.optimizers)
-        self._optimizers = tuple(spec.optimizers)
+        self._take(spec.optimizers)
         options = self._options
         if options.compile_step and not self._in_graph:
             raise UnsupportedError(
@@ -123,8 +123,7 @@ class ReplicaStrategy(XlaStrategy):
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
         """Build the manual step, whose gradients travel by way of the hosts."""
-        refuse_fused(spec.optimizers)
-        self._optimizers = tuple(spec.optimizers)
+        self._take(spec.optimizers)
         context = self.context
         several = context.world.size > 1
         return XlaManualStep(

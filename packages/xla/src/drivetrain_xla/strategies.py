@@ -83,9 +83,13 @@ class XlaStrategy(SingleDeviceStrategy):
         return module
 
     def train_step(self, spec: StepSpec) -> TrainStep:
-        """Build the train step. Raises ``UnsupportedError`` for a fused optimizer."""
-        refuse_fused(spec.optimizers)
-        self._optimizers = tuple(spec.optimizers)
+        """Build the train step.
+
+        Raises:
+            UnsupportedError: An optimizer is fused.
+            ConfigurationError: An optimizer was built before the module was moved.
+        """
+        self._take(spec.optimizers)
         options = self._options
         return XlaTrainStep(
             spec,
@@ -104,9 +108,8 @@ class XlaStrategy(SingleDeviceStrategy):
         return XlaEvalStep(spec, self.context.precision)
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
-        """Build the manual step. Raises ``UnsupportedError`` for a fused optimizer."""
-        refuse_fused(spec.optimizers)
-        self._optimizers = tuple(spec.optimizers)
+        """Build the manual step; errors are those of ``train_step``."""
+        self._take(spec.optimizers)
         return XlaManualStep(spec, self.context.precision)
 
     def state(self) -> ModelState:
@@ -133,6 +136,11 @@ class XlaStrategy(SingleDeviceStrategy):
                 f"max_graphs={self._options.max_graphs!r} was asked for.", "Give 1 or more."
             )
 
+    def _take(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        _refuse_fused(optimizers)
+        _refuse_left_behind(optimizers)
+        self._optimizers = tuple(optimizers)
+
     def _with_sync_batchnorm(self, module: nn.Module) -> nn.Module:
         raise UnsupportedError(
             "Synchronized batch normalization was asked for, which torch does not offer on 'xla' "
@@ -141,12 +149,29 @@ class XlaStrategy(SingleDeviceStrategy):
         )
 
 
-def refuse_fused(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Raise ``UnsupportedError`` if an optimizer wants a kernel that XLA has not."""
+def _refuse_fused(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         if any(group.get("fused") for group in optimizer.param_groups):
             raise UnsupportedError(
                 f"{type(optimizer).__name__}(fused=True) was asked for, and torch has no fused "
                 "kernel for XLA devices.",
                 "Leave fused out: XLA fuses the whole update.",
+            )
+
+
+def _refuse_left_behind(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Stop optimizers of parameters that are none of the module's since it was moved."""
+    for optimizer in optimizers:
+        behind = [
+            tuple(p.shape)
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if p.device.type != device_module.NAME
+        ]
+        if behind:
+            raise ConfigurationError(
+                f"{type(optimizer).__name__} was built before the module was moved to an XLA "
+                f"device: {len(behind)} of its parameters, the first of shape {behind[0]}, stayed "
+                "behind.",
+                "Build it from what prepare returned, such as in configure_optimizers.",
             )
