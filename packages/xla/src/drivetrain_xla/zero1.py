@@ -184,7 +184,7 @@ def dealt_out(parameters: Sequence[Tensor], size: int) -> dict[int, int]:
 
 def _send_by_hosts(collectives: Any, parameters: Sequence[Tensor], source: int) -> None:
     with torch.no_grad():
-        for kind in {p.dtype for p in parameters}:
+        for kind in dict.fromkeys(p.dtype for p in parameters):  # in one order on all ranks
             group = [p for p in parameters if p.dtype == kind]
             flat = torch.cat([p.detach().reshape(-1) for p in group])
             flat = collectives.broadcast(flat, source)
