@@ -216,7 +216,7 @@ def test_too_few_modules_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HABANA_VISIBLE_MODULES", "3")
     bridge.load_bridge()
     with pytest.raises(UnavailableError, match="Process 1 of 2 on this machine") as caught:
-        bridge.join(World(rank=1, size=2, local_rank=1, local_size=2))
+        bridge.join(World(1, 2, 1, 2, address="127.0.0.1", port=1))
     assert "HABANA_VISIBLE_MODULES" in str(caught.value)
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         os.environ.pop(name, None)
@@ -225,7 +225,7 @@ def test_too_few_modules_for_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_variables_of_a_rank_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in RANKS:
         monkeypatch.delenv(name, raising=False)
-    before = bridge.join(World(rank=1, size=2, local_rank=1, local_size=2))
+    before = bridge.join(World(1, 2, 1, 2, address="127.0.0.1", port=1))
     assert os.environ["RANK"] == "1"
     bridge.leave(before)
     assert not {"WORLD_SIZE", "RANK", "LOCAL_RANK", "ID"} & set(os.environ)
