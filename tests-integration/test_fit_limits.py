@@ -216,6 +216,20 @@ def test_schedulers_step_when_they_should(
     assert model.rates == expected
 
 
+def test_a_resume_that_owes_the_end_of_an_epoch_steps_its_scheduler_in_silence(
+    tmp_path: Path,
+) -> None:
+    """Warnings are errors here: torch has one for a scheduler that steps before its optimizer."""
+    settings = {**QUIET, "logger": False, "enable_checkpointing": True}
+    rates = []
+    for epochs, resume in ((1, None), (2, "last")):
+        model = Scheduled(_halved)
+        trainer = Trainer(**settings, max_epochs=epochs, default_root_dir=str(tmp_path))
+        trainer.fit(model, _batches(4), _batches(1), ckpt_path=resume)
+        rates += model.rates
+    assert rates == [1, 1, 1, 1, 0.5, 0.5, 0.5, 0.5]
+
+
 def test_a_scheduler_by_step_can_watch_a_training_metric() -> None:
     class Watches(Scheduled):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:

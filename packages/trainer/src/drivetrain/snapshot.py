@@ -223,9 +223,13 @@ def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
         ModelState(tree["module"], tree["optimizers"], tree["precision"]),
         strict=run.module.strict_loading,
     )
+    run.progress.load_state_dict(tree["loop"])
     for scheduled, state in zip(run.schedulers, tree["schedulers"], strict=True):
         scheduled.scheduler.load_state_dict(state)
-    run.progress.load_state_dict(tree["loop"])
+        if run.progress.global_step and (of := getattr(scheduled.scheduler, "optimizer", None)):
+            # What is saved may owe the end of its epoch, where this scheduler steps. torch warns
+            # unless the optimizer has stepped, and by this knows only of steps in this process.
+            of._opt_called = True
     if tree["data"]["seed"] is not None:
         run.seed = tree["data"]["seed"]
     _restore_position(run, tree)
