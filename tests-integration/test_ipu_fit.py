@@ -110,6 +110,14 @@ def test_the_same_script_gives_the_same_losses(script):
     )
 
 
+def test_a_resume_goes_on_as_the_whole_run_would_have(script):
+    whole = script("ipu", enable_checkpointing=False)
+    script("ipu", max_epochs=1)
+    rest = script("ipu", resume="last")
+    assert rest["losses"] == whole["losses"][8:]
+    assert rest["total"] == whole["total"]
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
