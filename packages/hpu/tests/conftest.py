@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 #: Another folder is for the run of mutants.
 FAKE = Path(os.environ.get("DRIVETRAIN_FAKE_SDK") or Path(__file__).parent / "fake_sdk")
 _LOCKS = tempfile.TemporaryDirectory(prefix="drivetrain-gaudi-")
 #: Seconds for a script, on a machine that is busy with other things.
 PATIENCE = 300
+#: torch warns of a NumPy that is not there, and nothing here needs it.
+WARNINGS = ("-W", "error::UserWarning", "-W", "ignore:Failed to initialize NumPy:UserWarning")
+PLACES = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HLS_MODULE_ID", "ID")
 GAUDI = {"cards": 4, "locks": _LOCKS.name}
 
 sys.path.insert(0, str(FAKE))
@@ -27,6 +30,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(FAKE), os.environ.get("PYTHONPAT
 os.environ["DRIVETRAIN_FAKE_GAUDI"] = json.dumps(GAUDI)
 for _name in ("PT_HPU_LAZY_MODE", "HLS_MODULE_ID", "HABANA_VISIBLE_MODULES", "ID"):
     os.environ.pop(_name, None)
+
+
+@pytest.fixture(autouse=True)
+def places() -> Iterator[None]:
+    """What says which rank and module a process has is as it was, after each test."""
+    before = {name: os.environ.get(name) for name in PLACES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture
@@ -53,7 +68,7 @@ def run_python(
         file = tmp_path / "script.py"
         file.write_text(script, encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-W", "error::UserWarning", str(file), *arguments],
+            [sys.executable, *WARNINGS, str(file), *arguments],
             env={**os.environ, "OMP_NUM_THREADS": "1", **env},
             capture_output=True,
             text=True,

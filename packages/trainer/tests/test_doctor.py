@@ -80,7 +80,8 @@ def test_without_a_backend_it_says_to_install_one(examine):
     )
 
 
-def test_hardware_without_its_package_is_pointed_out(examine, tmp_path):
+def test_hardware_without_its_package_is_pointed_out(examine, monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "installed_distributions", lambda: ())
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "ipu0").touch()
     report = examine(Machine(inventory=Inventory(backends=(entry(),))))
