@@ -229,7 +229,7 @@ def restore(run: FitRun, tree: Mapping[str, Any]) -> None:
         if run.progress.global_step and (of := getattr(scheduled.scheduler, "optimizer", None)):
             # What is saved may owe the end of its epoch, where this scheduler steps. torch warns
             # unless the optimizer has stepped, and by this knows only of steps in this process.
-            of._opt_called = True
+            of._opt_called = True  # noqa: SLF001 - torch offers no other way
     if tree["data"]["seed"] is not None:
         run.seed = tree["data"]["seed"]
     _restore_position(run, tree)
