@@ -32,6 +32,15 @@ def mean_square(net: nn.Module, batch: Any) -> torch.Tensor:
     return (net(batch[0]) - batch[1]).square().mean()
 
 
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """At the top of the file, since ``spawn`` sends it to new processes."""
+    return torch.optim.AdamW(parameters, lr=0.05)
+
+
+def off(net: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+    return {"off": mean_square(net, batch)}
+
+
 def main() -> None:
     launcher = sys.argv[1]
     for name, make in MADE.items():
@@ -40,8 +49,8 @@ def main() -> None:
         model = FunctionalModule(
             net,
             training_step=mean_square,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.05),
-            validation_step=lambda net, batch: {"off": mean_square(net, batch)},
+            optimizer=adamw,
+            validation_step=off,
         )
         data = torch.utils.data.TensorDataset(torch.randn(16, 4), torch.randn(16, 2))
         trainer = Trainer(
@@ -59,8 +68,8 @@ def main() -> None:
         loader = torch.utils.data.DataLoader(data, batch_size=4)
         trainer.fit(model, loader, loader)
         if trainer.is_global_zero:
-            off = float(trainer.callback_metrics["off"])
-            print("FIT", name, json.dumps([trainer.global_step, off]).replace(" ", ""), flush=True)
+            said = json.dumps([trainer.global_step, float(trainer.callback_metrics["off"])])
+            print("FIT", name, said.replace(" ", ""), flush=True)
 
 
 if __name__ == "__main__":

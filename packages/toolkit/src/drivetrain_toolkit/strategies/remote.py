@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from drivetrain_interfaces import ClusterError, ConfigurationError
 
+from drivetrain_toolkit.collectives import AGENT_STORE
 from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.strategies.ddp import DDPOptions, DDPStrategy
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import nn
 
 
@@ -87,12 +92,13 @@ class RPCStrategy(DDPStrategy):
             init_method=f"tcp://{world.address}:{port}",
         )
         try:
-            rpc.init_rpc(
-                f"worker{world.rank}",
-                rank=world.rank,
-                world_size=world.size,
-                rpc_backend_options=options,
-            )
+            with _own_store():
+                rpc.init_rpc(
+                    f"worker{world.rank}",
+                    rank=world.rank,
+                    world_size=world.size,
+                    rpc_backend_options=options,
+                )
         except RuntimeError as error:
             raise ClusterError(
                 f"Rank {world.rank} of {world.size} could not start remote procedure calls at "
@@ -100,6 +106,21 @@ class RPCStrategy(DDPStrategy):
                 "Check that no rank has started torch.distributed.rpc itself.",
             ) from error
         self._connected = True
+
+
+@contextmanager
+def _own_store() -> Iterator[None]:
+    """Let rank 0 host the store of the address that was agreed.
+
+    Under torchrun torch takes every store for that of torchrun's agent, whatever its address: then
+    all ranks would wait for somebody else to host it.
+    """
+    told = os.environ.pop(AGENT_STORE, None)
+    try:
+        yield
+    finally:
+        if told is not None:
+            os.environ[AGENT_STORE] = told
 
 
 def _rpc() -> Any:
