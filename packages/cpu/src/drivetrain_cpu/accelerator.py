@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from drivetrain_toolkit.threads import share_of_threads
 
 from drivetrain_cpu import FACTS, cores
 
@@ -83,20 +84,14 @@ class CpuAccelerator:
 
 
 def threads_for(local_size: int, current: int, env: Mapping[str, str]) -> int:
-    """Torch threads for one of ``local_size`` processes on this machine.
-
-    The user's word counts: with ``OMP_NUM_THREADS`` set nothing changes, and neither does it with
-    a single process. Fewer threads than the share are left as they are: the user asked torch for
-    them, or the launcher did, which gives a forked process one, since threads survive no fork.
+    """Torch threads for one of ``local_size`` processes: its share of the cores that it may use.
 
     Args:
         local_size: Processes of the run on this machine.
         current: Threads that torch would use now.
         env: The environment of this process.
     """
-    if local_size == 1 or env.get("OMP_NUM_THREADS"):
-        return current
-    return min(current, max(1, cores() // local_size))
+    return share_of_threads(local_size, current, env, cores())
 
 
 def _resident() -> float | None:

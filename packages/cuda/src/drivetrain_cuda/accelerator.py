@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from drivetrain_interfaces import ConfigurationError, UnavailableError, UnsupportedError
+from drivetrain_toolkit.threads import share_of_threads
 
 from drivetrain_cuda import FACTS, nvml
 from drivetrain_cuda.affinity import cores_near
@@ -158,8 +159,8 @@ class CudaAccelerator:
     def _share_threads(self, local_size: int) -> None:
         """Processes of one machine share its cores, but for the user's own word."""
         now = torch.get_num_threads()
-        share = max(1, (os.cpu_count() or 1) // local_size)
-        if local_size == 1 or os.environ.get("OMP_NUM_THREADS") or now <= share:
+        share = share_of_threads(local_size, now, os.environ, os.cpu_count() or 1)
+        if share == now:
             return
         if self._before.threads is None:
             self._before.threads = now

@@ -9,14 +9,13 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from drivetrain_interfaces import Probe
+from drivetrain_toolkit.elsewhere import count_elsewhere
 
 from drivetrain_cuda import nvml
 from drivetrain_cuda.visible import visible
@@ -163,29 +162,7 @@ def _asked(
 
 def ask_torch(env: Mapping[str, str]) -> int | str:
     """How many devices torch counts in another process, or why it did not."""
-    return _ask_torch(tuple(sorted(env.items())))
-
-
-@lru_cache(maxsize=8)  # a second or two each, and the answer stays the same
-def _ask_torch(env: tuple[tuple[str, str], ...]) -> int | str:
-    try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", _QUESTION],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            env=dict(env),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"it did not answer within {TIMEOUT_S:.0f} seconds"
-    except OSError as error:
-        return f"it could not be started: {error}"
-    for line in done.stdout.splitlines():
-        if line.startswith("devices "):
-            return int(line.removeprefix("devices "))
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return f"it ended with code {done.returncode}: {last}"
+    return count_elsewhere(_QUESTION, env, TIMEOUT_S)
 
 
 def _count(number: int) -> str:

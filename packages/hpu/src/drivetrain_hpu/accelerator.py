@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from drivetrain_interfaces import UnavailableError
+from drivetrain_toolkit.threads import share_of_threads
 
 from drivetrain_hpu import FACTS
 from drivetrain_hpu.bridge import described, device_module, is_loaded, is_open, load_bridge
@@ -144,8 +145,8 @@ class HpuAccelerator:
     def _share_threads(self, local_size: int) -> None:
         """Processes of one machine share its cores, but for the user's own word."""
         now = torch.get_num_threads()
-        share = max(1, (os.cpu_count() or 1) // local_size)
-        if local_size == 1 or os.environ.get("OMP_NUM_THREADS") or now <= share:
+        share = share_of_threads(local_size, now, os.environ, os.cpu_count() or 1)
+        if share == now:
             return
         if self._threads_before is None:
             self._threads_before = now

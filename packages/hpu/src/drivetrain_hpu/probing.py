@@ -10,15 +10,13 @@ import ast
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from drivetrain_interfaces import ConfigurationError, Probe
+from drivetrain_toolkit.elsewhere import count_elsewhere
 
 from drivetrain_hpu import telemetry
 from drivetrain_hpu.bridge import BRIDGE, MODE, device_module, is_loaded
@@ -181,31 +179,7 @@ def kernel(driver: Path = _DRIVER, nodes: tuple[tuple[str, str], ...] = _NODES) 
 
 def ask_bridge(env: Mapping[str, str]) -> int | str:
     """How many devices the bridge counts in another process, or what went wrong there."""
-    return _ask_bridge(tuple(sorted(env.items())))
-
-
-@lru_cache(maxsize=8)  # seconds each, and the answer stays the same
-def _ask_bridge(env: tuple[tuple[str, str], ...]) -> int | str:
-    try:
-        done = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", _QUESTION],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            env=dict(env),
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"it did not answer within {TIMEOUT_S:.0f} seconds"
-    except OSError as error:
-        return f"it could not be started: {error}"
-    for line in done.stdout.splitlines():
-        if line.startswith("devices "):
-            return int(line.removeprefix("devices "))
-        if line.startswith("fault "):
-            return line.removeprefix("fault ")
-    last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return f"it ended with code {done.returncode}: {last}"
+    return count_elsewhere(_QUESTION, env, TIMEOUT_S)
 
 
 def _without_telemetry(
