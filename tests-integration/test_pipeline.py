@@ -44,6 +44,16 @@ def test_a_pipeline_trains_as_one_process(worlds, size, options, clip, accumulat
     assert answers[0]["evaluation"] > 0
 
 
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved"])
+def test_the_first_loss_and_what_layers_count_are_of_the_data_alone(worlds, schedule):
+    losses, state = here.pipe_from_the_first_by_hand(2)
+    answers = worlds(2).run("strategy_worlds:pipe_from_the_first", "S9", schedule=schedule)
+    for answer in answers:
+        assert answer["losses"] == pytest.approx(losses, rel=1e-5)
+    close(answers[0]["state"], state)
+    assert len(answers[1]["seen"]) == 3 * 4
+
+
 @pytest.mark.parametrize(
     ("size", "options", "clip", "accumulate"),
     [

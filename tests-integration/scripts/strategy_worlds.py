@@ -446,6 +446,50 @@ def pipe_by_hand(
     return dict(module.named_parameters())
 
 
+def normalized(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        blocks = (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh()) for _ in range(4))
+        return nn.Sequential(*blocks)
+
+
+def pipe_from_the_first(rank: Any, schedule: str) -> dict[str, Any]:
+    """Losses and buffers of a few updates, where memory that nobody has filled is NaN."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        strategy = bound(rank, "PipelineStrategy", {"schedule": schedule})
+        module = strategy.prepare(normalized(0))
+        seen = []
+
+        def loss(module: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+            made = loss_of(module, batch)
+            seen.append(float(made.detach()))
+            return made
+
+        spec = StepSpec(module, OPTIMIZERS["plain"](module), loss)
+        with strategy.train_step(spec) as step:
+            losses = [float(step([batch]).loss) for batch in batches(rank.world.rank, 3)]
+        state = strategy.state()
+        strategy.close()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return {"losses": losses, "seen": seen, "state": dict(state.module)}
+
+
+def pipe_from_the_first_by_hand(size: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    module = normalized(0)
+    (optimizer,) = OPTIMIZERS["plain"](module)
+    losses = []
+    for features, targets in joined(size, 3):
+        parts = zip(features.chunk(4), targets.chunk(4), strict=True)
+        each = [loss_of(module, part) / 4 for part in parts]
+        sum(each).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(sum(each).item())
+    return losses, module.state_dict()
+
+
 def skipping(seed: int) -> nn.Module:
     return model(seed, depth=3)
 

@@ -31,6 +31,7 @@ from drivetrain_toolkit.strategies.eager import (
 )
 from drivetrain_toolkit.strategies.pipeline_step import SCHEDULES, PipelineStep
 from drivetrain_toolkit.strategies.stages import (
+    Layers,
     Line,
     balanced,
     empty,
@@ -389,7 +390,13 @@ class PipelineStrategy(EagerStrategy):
         assert isinstance(net, nn.Sequential)
         bounds = self._bounds
         return [
-            PipelineStage(net[first:last], number, len(bounds), self.device, group=line.group)
+            PipelineStage(
+                Layers(net[first:last], first=number == 0),
+                number,
+                len(bounds),
+                self.device,
+                group=line.group,
+            )
             for number, (first, last) in enumerate(bounds)
             if number % line.stages == line.stage
         ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from drivetrain_interfaces import UnsupportedError
 from drivetrain_interfaces.errors import listed
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage
 
 from drivetrain_toolkit.strategies.units import keep_activations
 
@@ -16,7 +18,38 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from drivetrain_interfaces import StrategyContext
-    from torch import Tensor, nn
+    from torch import Tensor
+
+
+#: Before the first step of a schedule, torch sends uninitialized memory through stages that were
+#: not traced, and back, to learn the formats of what they exchange.
+REHEARSES = hasattr(PipelineStage, "_backward_metadata_inference")
+
+
+class Layers(nn.Module):
+    """Layers of one stage, on which torch's rehearsal leaves no trace.
+
+    Args:
+        layers: What the stage computes.
+        first: The stage gets batches; all others get memory without values in the rehearsal.
+    """
+
+    def __init__(self, layers: nn.Module, *, first: bool) -> None:
+        super().__init__()
+        self.layers = layers
+        self._first = first
+        self._rehearsal = REHEARSES
+
+    def forward(self, value: Tensor) -> Any:
+        """Compute; the first time with values that are defined, and buffers that are dropped."""
+        if not self._rehearsal:
+            return self.layers(value)
+        self._rehearsal = False
+        if not self._first:
+            with torch.no_grad():
+                value.zero_()
+        buffers = {name: buffer.clone() for name, buffer in self.layers.named_buffers()}
+        return torch.func.functional_call(self.layers, buffers, (value,))
 
 
 class Line:
