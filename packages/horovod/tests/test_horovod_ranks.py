@@ -49,6 +49,13 @@ def test_a_world_that_horovod_does_not_have_is_refused_with_both_sizes(answers):
     assert answers["other_world"] == ("This is rank 0 of 1, and Horovod has rank 0 of 2.")
 
 
+def test_ranks_with_other_versions_are_refused_on_both(two_ranks):
+    refused = two_ranks.run("horovod_cases:versions", "versions", seconds=300.0)
+    for rank, text in enumerate(refused):
+        assert "different versions of Horovod: 0.28.0 and 0.28.1" in text
+        assert f"this one has 0.28.{rank}" in text
+
+
 def test_learning_rates_are_multiplied_by_who_asks_for_it(answers):
     found = answers["scaled"]
     assert found["lr"] == pytest.approx(1e-2 * 0.5**4)

@@ -49,6 +49,17 @@ def test_ranks_that_horovodrun_started_are_attached_to(tmp_path, by_script):
     assert_same_end(tmp_path, by_script)
 
 
+def test_ranks_that_torchrun_started_are_told_who_they_are(tmp_path, by_script):
+    """Left alone, Horovod would take each for a world of one there, without a word."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone")
+    done, text = run(
+        tmp_path, "--launcher=attach", before=(*torchrun, "--nproc-per-node=2", "--no-python")
+    )
+    assert done.returncode == 0, text
+    assert (tmp_path / "environment.txt").read_text() == "torchrun"
+    assert_same_end(tmp_path, by_script)
+
+
 def test_horovod_run_starts_the_ranks_of_a_trainer(tmp_path, by_script):
     done, text = run(tmp_path, "--launcher=horovod")
     assert done.returncode == 0, text

@@ -53,17 +53,18 @@ def start(world: World, collectives: Collectives) -> ModuleType:
 
     Raises:
         UnavailableError: It is not installed.
-        ClusterError: It has other ranks than the run, or cannot start under this launcher.
+        ClusterError: Ranks have different versions of it; it has other ranks than the run; or it
+            cannot start under this launcher.
     """
     hvd = import_horovod()
+    if world.size > 1:
+        same_version("Horovod", import_module("horovod").__version__, collectives)
     if not hvd.is_initialized():
         if world.size > 1 and "HOROVOD_RANK" not in os.environ:
             _introduce(world, collectives)
         os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # else there are no sub-groups
         hvd.init()
         atexit.register(hvd.shutdown)
-        if world.size > 1:
-            same_version("Horovod", import_module("horovod").__version__, collectives)
     if hvd.size() != world.size or hvd.rank() != world.rank:
         raise ClusterError(
             f"This is rank {world.rank} of {world.size}, and Horovod has rank {hvd.rank()} of "

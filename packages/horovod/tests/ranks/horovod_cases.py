@@ -163,6 +163,21 @@ def other_world(rank):
     return ""
 
 
+def versions(rank):
+    """Ranks with different versions of Horovod, and what each says to it."""
+    import horovod
+
+    kept = horovod.__version__
+    horovod.__version__ = f"0.28.{rank.world.rank}"
+    try:
+        rank.bind_object(HorovodStrategy())
+    except ClusterError as error:
+        return error.message
+    finally:
+        horovod.__version__ = kept
+    return ""
+
+
 def scaled(rank):
     """Learning rates that are multiplied, as asked, and the same given by hand."""
     asked = Run(rank, HorovodStrategy(scale_learning_rate=True))
