@@ -10,6 +10,13 @@ STAGES = (0, 1, 2, 3)
 TOLERATED = 1e-6
 
 
+def test_ranks_with_other_versions_are_refused_on_both(two_ranks):
+    refused = two_ranks.run("deepspeed_cases:versions", "versions", seconds=300.0)
+    for rank, text in enumerate(refused):
+        assert "different versions of DeepSpeed: 0.19.7 and 0.19.8" in text
+        assert f"this one has 0.19.{7 + rank}" in text
+
+
 @pytest.fixture(scope="module")
 def answers(on_two_ranks):
     return on_two_ranks("every_stage")

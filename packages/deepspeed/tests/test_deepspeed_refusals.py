@@ -83,6 +83,15 @@ def test_an_argument_of_the_trainer_that_contradicts_is_refused_with_both_values
         build(strategy, clip=Clip(1.0))
 
 
+def test_what_was_filled_in_is_logged(bind, caplog):
+    config = {"gradient_clipping": "auto", "zero_optimization": {"reduce_bucket_size": "auto"}}
+    with caplog.at_level("INFO", "drivetrain_deepspeed.strategy"):
+        build(bind(DeepSpeedStrategy(1, config=config)), clip=Clip(0.5))
+    (text,) = [r.getMessage() for r in caplog.records if "completed with" in r.getMessage()]
+    assert "gradient_clipping=0.5" in text
+    assert 'zero_optimization.reduce_bucket_size="DeepSpeed\'s default"' in text
+
+
 def test_a_key_that_a_section_of_deepspeed_does_not_know_is_refused(bind):
     strategy = bind(DeepSpeedStrategy(1, config={"zero_optimization": {"bucket": 1}}))
     with pytest.raises(ConfigurationError, match="bucket"):

@@ -49,6 +49,7 @@ def test_names_stand_for_stages_and_offload():
         "deepspeed": 2,
         "deepspeed_stage_0": 0,
         "deepspeed_stage_1": 1,
+        "deepspeed_stage_1_offload": 1,
         "deepspeed_stage_2": 2,
         "deepspeed_stage_2_offload": 2,
         "deepspeed_stage_3": 3,

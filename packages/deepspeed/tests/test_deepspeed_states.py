@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(400)
 def answers(on_two_ranks):
     return on_two_ranks(
         "states_go_anywhere", "half_precision", "offloaded", "evaluated", "frozen", "scheduled",
-        "memory",
+        "memory", "live",
     )  # fmt: skip
 
 
@@ -117,3 +117,18 @@ def test_each_stage_holds_less(answers):
         assert found[stage]["gradients"] == 0
     assert found[3]["parameters"] == 0
     assert found[2]["parameters"] == found[0]["parameters"] > 0
+
+
+def test_the_bytes_of_all_tensors_fall_from_stage_to_stage(answers):
+    """In float32 with two moments on two ranks; the engine's own float32 copy is a half."""
+    found = answers["live"]
+    parameters, gradients, moments, copy = 1.0, 1.0, 2.0, 0.5
+    most = {
+        0: parameters + gradients + moments,
+        1: parameters + gradients + moments / 2 + copy,
+        2: parameters + gradients / 2 + moments / 2 + copy,
+        3: parameters / 2 + gradients / 2 + moments / 2 + copy,
+    }
+    for stage, expected in most.items():
+        assert found[stage] == pytest.approx(expected, rel=0.05), (stage, found)
+    assert found[0] > found[1] > found[2] > found[3]

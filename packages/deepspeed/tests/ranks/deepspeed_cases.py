@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+
 import torch
-from drivetrain_interfaces import Clip, EvalSpec, ModelState, StepHooks, StepSpec
+from drivetrain_interfaces import Clip, ClusterError, EvalSpec, ModelState, StepHooks, StepSpec
 from drivetrain_toolkit.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 
@@ -273,6 +275,64 @@ def memory(rank):
         answer[stage] = {"moments": moments, "parameters": held, "gradients": max(kept)}
         run.close()
     return answer
+
+
+#: Small against the model, so that what is on its way counts little.
+NARROW = {"reduce_bucket_size": 20_000, "stage3_param_persistence_threshold": 0}
+WIDE, LAYERS = 128, 24
+
+
+def live(rank):
+    """The bytes of all tensors of this rank after a backward, for one of the model, by stage."""
+    answer = {}
+    for stage in (0, 1, 2, 3):
+        module = nn.Sequential(*(nn.Linear(WIDE, WIDE) for _ in range(LAYERS)))
+        whole = 4 * sum(p.numel() for p in module.parameters())
+        before = bytes_of_tensors()
+        found = []
+        hooks = StepHooks(after_backward=lambda found=found: found.append(bytes_of_tensors()))
+        config = {"zero_optimization": NARROW} if stage else None
+        bound = rank.bind_object(DeepSpeedStrategy(stage, config=config))
+        module = bound.prepare(module)
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+        step = bound.train_step(
+            StepSpec(module, [optimizer], lambda m, x: m(x).square().mean(), hooks=hooks)
+        )
+        for _ in range(3):
+            step([torch.ones(4, WIDE)])
+        bound.close()
+        answer[stage] = (found[-1] - before + whole) / whole
+        del step, optimizer, module, bound
+    return answer
+
+
+def bytes_of_tensors():
+    """What all tensors of this process hold, each memory once, gradients included."""
+    gc.collect()
+    held = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), torch.Tensor):
+            grad = found.grad if found.is_leaf else None
+            for tensor in (found, grad):
+                if tensor is not None and not tensor.is_meta:
+                    storage = tensor.untyped_storage()
+                    held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
+
+
+def versions(rank):
+    """Ranks with different versions of DeepSpeed, and what each says to it."""
+    import deepspeed
+
+    kept = deepspeed.__version__
+    deepspeed.__version__ = f"0.19.{7 + rank.world.rank}"
+    try:
+        Run(rank, DeepSpeedStrategy(1))
+    except ClusterError as error:
+        return error.message
+    finally:
+        deepspeed.__version__ = kept
+    return ""
 
 
 def grads(module):
