@@ -1,9 +1,11 @@
 """What SLURM, MPI, LSF and Kubeflow say about a process. Rules E1 to E14 of the contract.
 
 The variables of SLURM, Open MPI and MPICH were written down from real ones (SLURM 22.05, Open MPI
-4.1, MPICH 5.0), without those that nothing here could look at. Those of LSF are described in IBM's
-reference; those of jsrun and of Kubeflow's operators come from public descriptions. None of these
-was recorded on a running system.
+4.1, MPICH 5.0), without those that nothing here could look at. Those of Kubeflow are what the code
+of its operators puts into pods (Training Operator v1: ``pkg/controller.v1/pytorch/envvar.go``;
+Trainer v2, commit 06b555d: ``pkg/runtime/framework/plugins/torch/torch.go``). Those of LSF are
+described in IBM's reference, those of jsrun in public programs that read them. None of these was
+recorded on a running system.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ POD = variables(
 #: A worker of a PyTorchJob with a master and a worker, one process in each pod.
 PYTORCHJOB = POD | variables(
     "MASTER_ADDR=job-master-0 MASTER_PORT=23456 RANK=1 WORLD_SIZE=2 PET_MASTER_ADDR=job-master-0 "
-    "PET_MASTER_PORT=23456 PET_NNODES=2 PET_NODE_RANK=1 PET_NPROC_PER_NODE=1 PYTHONUNBUFFERED=1"
+    "PET_MASTER_PORT=23456 PET_NNODES=2 PET_NODE_RANK=1 PET_NPROC_PER_NODE=1 PYTHONUNBUFFERED=0"
 )
 #: The second pod of a TrainJob with two.
 TRAINJOB = POD | variables(
@@ -399,6 +401,16 @@ def test_a_pod_that_should_have_several_processes_is_described(told: str, local_
     assert isinstance(machines, Machines)
     assert (machines.num_nodes, machines.node_rank, machines.local_size) == (2, 1, local_size)
     assert (machines.address, machines.port) == ("job-node-0-0.job", 29400)
+
+
+def test_a_pytorchjob_that_names_no_number_of_processes_has_pods_only() -> None:
+    """E12: the operator says "auto", and counts one process a pod in ``WORLD_SIZE``."""
+    env = {**PYTORCHJOB, "PET_NPROC_PER_NODE": "auto"}
+    assert find_environment(env) is None
+    machines = KUBEFLOW.machines(env)
+    assert machines is not None
+    assert (machines.num_nodes, machines.node_rank, machines.local_size) == (2, 1, 0)
+    assert (machines.address, machines.port) == ("job-master-0", 23456)
 
 
 def test_the_pods_of_a_pytorchjob_are_not_taken_for_ranks() -> None:
