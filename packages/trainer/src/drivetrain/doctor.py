@@ -9,7 +9,6 @@ import json
 import os
 import platform
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from drivetrain_interfaces.discovery import (
 )
 from drivetrain_interfaces.errors import DrivetrainError
 
-from drivetrain.names import installed_distributions, table
+from drivetrain.names import installed_distributions, table, version_of
 from drivetrain.plan import Candidate, Request
 from drivetrain.resolve import resolve
 from drivetrain.survey import survey
@@ -151,7 +150,7 @@ def examine(environ: Mapping[str, str] | None = None, root: Path = Path("/")) ->
     return Report(
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
-        torch=_version("torch"),
+        torch=version_of("torch"),
         contract=str(CONTRACT),
         distributions=distributions,
         installed=installed,
@@ -165,17 +164,10 @@ def examine(environ: Mapping[str, str] | None = None, root: Path = Path("/")) ->
     )
 
 
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
-
-
 def _distributions() -> tuple[tuple[str, str], ...]:
     known = dict(installed_distributions())
     for name in ("drivetrain", "drivetrain-interfaces"):
-        if version := _version(name):
+        if version := version_of(name):
             known[name] = version
     return tuple(sorted(known.items()))
 
@@ -254,7 +246,7 @@ def _todo(
     machine: Machine, hardware: tuple[Hardware, ...], installed: tuple[Installed, ...]
 ) -> tuple[str, ...]:
     todo = []
-    if not _version("torch"):
+    if not version_of("torch"):
         todo.append("Install torch.")
     todo += [
         f"Install {one.distribution}: the system shows {one.name} ({one.sign})."

@@ -52,11 +52,12 @@ def installed_distributions() -> tuple[tuple[str, str], ...]:
         for entry in (section.values() if isinstance(section, dict) else section)
         if "distribution" in entry
     }
-    found = {name: _version(name) for name in sorted(known)}
+    found = {name: version_of(name) for name in sorted(known)}
     return tuple((name, version) for name, version in found.items() if version)
 
 
-def _version(distribution: str) -> str:
+def version_of(distribution: str) -> str:
+    """The version of an installed distribution; empty when it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
