@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ["PJRT_DEVICE"] = "CPU"
+
 import pytest
 import torch
 from drivetrain_interfaces import StepSpec, StrategyContext, World
@@ -14,7 +16,6 @@ from drivetrain_xla.runtime import open_runtime
 
 
 def pytest_configure(config):
-    os.environ["PJRT_DEVICE"] = "CPU"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     spmd = any("test_spmd_" in argument for argument in config.args)
     if spmd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -114,6 +115,51 @@ def test_a_state_goes_on_in_any_other_layout(lab, kind):
         again.close()
     twin = lab.model()
     twin.load_state_dict(state.module)
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "fsdp and tensor"])
+def test_a_state_is_read_and_given_part_by_part(lab, kind):
+    """Nothing is made whole on a device, and none is sent what another holds."""
+    strategy = bind(lab, kind)
+    module, (optimizer,), step = lab.build(strategy)
+    first, *others = [strategy.feed(batch) for batch in lab.batches(3)]
+    with step:
+        step([first])
+        strategy.load(strategy.state())  # what is compiled for it is compiled here
+        for batch in others:
+            step([batch])
+    torch_xla.sync()
+    met.clear_all()
+    state = strategy.state()
+    read = met.metric_data("InboundData")[1]
+    made_whole = met.counter_value("ReplicateShardedData") or 0
+    assert met.metric_data("CompileTime") is None
+    kept = [value for each in optimizer.state.values() for value in each.values()]
+    held = [value for value in (*module.parameters(), *kept) if value.device.type == "xla"]
+    assert read == sum(bytes_read(value) for value in held)
+    assert made_whole <= sum(parts(value) == 1 for value in held), "of those that were whole"
+    met.clear_all()
+    strategy.load(state)
+    sent = met.metric_data("OutboundData")[1]
+    assert sent == sum(bytes_sent(value) for value in held)
+
+
+def parts(value):
+    """How many different parts a tensor is divided into."""
+    axes = sharding(value).removeprefix("{devices=[").partition("]")[0]
+    if axes in {"", "{replicated}"}:
+        return 1
+    return math.prod(int(each) for each in axes.split(",")[: value.dim()])
+
+
+def bytes_read(value):
+    """All devices are asked for their part, and one if all hold the same."""
+    return value.nbytes if parts(value) == 1 else bytes_sent(value)
+
+
+def bytes_sent(value):
+    """Each device is sent its part; what is not divided goes to all."""
+    return value.nbytes * 4 // parts(value)
 
 
 def test_after_a_load_parameters_are_divided_again(lab):

@@ -62,8 +62,8 @@ def test_gradients_before_the_runtime_are_told():
         "import torch\n"
         "torch.ones(1, requires_grad=True).sum().backward()\n"
         "from drivetrain_interfaces import UnavailableError\n"
-        "from drivetrain_xla.accelerator import XlaAccelerator\n"
-        "try:\n    XlaAccelerator().activate(0, 1)\nexcept UnavailableError as error:\n"
+        "from drivetrain_xla.runtime import open_runtime\n"
+        "try:\n    open_runtime()\nexcept UnavailableError as error:\n"
         "    print(error)"
     )
     done = subprocess.run(

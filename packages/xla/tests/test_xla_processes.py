@@ -28,6 +28,9 @@ from drivetrain_xla.replicas import average_in_graph
 from drivetrain_xla.seeds import TPUSpawnPlugin
 from drivetrain_xla.zero1 import dealt_out
 
+#: Each process takes seconds to import torch_xla, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(400)
+
 #: ``torch_xla.launch`` starts one process on CPUs; it is told here that there are two chips.
 LAUNCH = """
 import json, os, sys

@@ -148,10 +148,3 @@ def make_layout(
             f"Name one {FSDP!r}, or use strategy='spmd'.",
         )
     return Layout(axes, {name: tuple(parts) for name, parts in (plan or {}).items()})
-
-
-def divided(tensor: Tensor) -> bool:
-    """Whether a tensor has been told how it is divided."""
-    import torch_xla
-
-    return bool(torch_xla._XLAC._get_xla_sharding_spec(tensor))  # noqa: SLF001 - the only way

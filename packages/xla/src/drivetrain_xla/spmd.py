@@ -11,18 +11,25 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.distributed.spmd as xs
-from drivetrain_interfaces import ConfigurationError, UnsupportedError
+from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
+from drivetrain_toolkit.state import (
+    gather_module,
+    gather_optimizer,
+    restore_module,
+    restore_optimizers,
+)
 from torch import Tensor, nn
 from torch_xla.utils.checkpoint import checkpoint
 
+from drivetrain_xla.parts import placed_like, told, whole_on_host
 from drivetrain_xla.runtime import open_runtime
-from drivetrain_xla.sharding import Layout, Partition, divided, make_layout
+from drivetrain_xla.sharding import Layout, Partition, make_layout
 from drivetrain_xla.strategies import XlaOptions, XlaStrategy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from drivetrain_interfaces import ModelState, StrategyContext
+    from drivetrain_interfaces import StrategyContext
     from torch.utils.hooks import RemovableHandle
     from typing_extensions import Self
 
@@ -143,10 +150,31 @@ class SpmdStrategy(XlaStrategy):
             self._divide_batch(fed)
         return fed
 
+    def state(self) -> ModelState:
+        """The whole state as copies on the host, made of the devices' parts; no device has it."""
+        torch_xla.sync()
+        module = self._prepared()
+        return ModelState(
+            module=gather_module(module, whole=whole_on_host),
+            optimizers=[
+                gather_optimizer(each, module, whole=whole_on_host) for each in self._optimizers
+            ],
+            precision=self.context.precision.state_dict(),
+        )
+
     def load(self, state: ModelState, *, strict: bool = True) -> None:
-        """Restore a state of any number of devices, divided as this run divides it."""
-        super().load(state, strict=strict)
-        self._divide(self._prepared())
+        """Restore a state of any number of devices; each device is sent its part.
+
+        Raises:
+            CheckpointError: Something does not fit; names what.
+        """
+        module = self._prepared()
+        restore_module(module, state.module, strict=strict, place=placed_like)
+        restore_optimizers(
+            self._optimizers, module, state.optimizers, strict=strict, place=placed_like
+        )
+        self.context.precision.load_state_dict(state.precision)
+        self._divide(module)
         torch_xla.sync()
 
     def close(self) -> None:
@@ -158,7 +186,7 @@ class SpmdStrategy(XlaStrategy):
     def _divide_batch(self, batch: Any) -> None:
         for tensor in _tensors(batch):
             partition = self._layout.of_batch(tensor)
-            if partition is not None and not divided(tensor):
+            if partition is not None and not told(tensor):
                 xs.mark_sharding(tensor, self._mesh, partition)
 
     def _divide(self, module: nn.Module) -> None:
@@ -170,7 +198,7 @@ class SpmdStrategy(XlaStrategy):
             kept = [o.state[parameter] for o in self._optimizers if parameter in o.state]
             state = [value for each in kept for value in each.values()]
             for tensor in (parameter, *state):
-                if _is_like(tensor, parameter) and any(partition) and not divided(tensor):
+                if _is_like(tensor, parameter) and any(partition) and not told(tensor):
                     xs.mark_sharding(tensor, self._mesh, partition)
 
     def _change(self, module: nn.Module) -> None:
