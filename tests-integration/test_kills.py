@@ -16,3 +16,12 @@ def test_twenty_processes_are_killed_and_nothing_is_lost(start: Starter) -> None
     summary = running.lines[-1]
     assert summary.startswith("20 kills ("), running.output
     assert "none half visible, none missing" in summary
+
+
+def test_ranks_are_killed_and_nothing_is_lost(start: Starter) -> None:
+    """A rank or the launcher of two; and a state so large that it goes past the page cache."""
+    variants = ("--variant", "two ranks", "--variant", "large")
+    running = start.run("kills.py", "--kills", "4", *variants)
+    summary = running.lines[-1]
+    assert summary.startswith("4 kills ("), running.output
+    assert "none half visible, none missing" in summary
