@@ -95,6 +95,28 @@ def test_a_fit_of_fsdp_writes_a_file_per_rank_and_goes_on_from_them(
         assert torch.equal(one, other)
 
 
+def test_ranks_of_a_pipeline_write_and_read_their_own_layers(tmp_path: Path) -> None:
+    """One layer with parameters on each; one process goes on from what both have written."""
+    straight = fitted(tmp_path, "pipeline", every_n_train_steps=3)
+    saved = tmp_path / "step=3.ckpt"
+    facts = DirectoryCheckpointIO().inspect(str(saved))
+    homes = {name: each.files for name, each in facts.tensors.items() if name.startswith("module/")}
+    first, second = ("tensors-00000.safetensors",), ("tensors-00001.safetensors",)
+    assert homes == {
+        "module/net.0.weight": first,
+        "module/net.0.bias": first,
+        "module/net.3.weight": second,
+        "module/net.3.bias": second,
+    }
+    assert DirectoryCheckpointIO().verify(str(saved)) == []
+    resumed = fitted(tmp_path / "again", "pipeline", resume=saved)
+    for one, other in zip(straight.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other)
+    alone = Regression()
+    alone.load_state_dict(DirectoryCheckpointIO().load(str(saved))["module"])
+    Trainer(max_epochs=2, **QUIET).fit(Regression(), loader(), ckpt_path=saved)
+
+
 @pytest.mark.parametrize("strategy", ["zero1", "ddp"])
 def test_the_same_tree_whoever_writes_it(tmp_path: Path, strategy: str) -> None:
     """What was saved by parts holds what one process would have written."""

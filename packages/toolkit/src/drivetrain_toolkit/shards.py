@@ -25,7 +25,7 @@ from drivetrain_toolkit.state import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from drivetrain_interfaces import Precision
     from torch import nn
@@ -112,12 +112,25 @@ def _box_of(tensor: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
 
 
 def sharded_parts(
-    module: nn.Module, optimizers: Sequence[Optimizer], precision: Precision
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    precision: Precision,
+    *,
+    absent: Collection[str] = (),
 ) -> ModelState:
-    """What this rank holds of the state of a module: copies on the host, nothing is gathered."""
+    """What this rank holds of the state of a module: copies on the host, nothing is gathered.
+
+    Args:
+        module: The module.
+        optimizers: Of its parameters.
+        precision: The numeric format.
+        absent: Names of the tensors of which this rank holds nothing.
+    """
     return ModelState(
-        module=gather_module(module, whole=shard_of),
-        optimizers=[gather_optimizer(each, module, whole=shard_of) for each in optimizers],
+        module=gather_module(module, whole=shard_of, absent=absent),
+        optimizers=[
+            gather_optimizer(each, module, whole=shard_of, absent=absent) for each in optimizers
+        ],
         precision=precision.state_dict(),
     )
 
@@ -144,14 +157,21 @@ def restore_parts(
     state: ModelState,
     *,
     strict: bool,
+    absent: Collection[str] = (),
 ) -> None:
     """Restore a whole state, of which each rank keeps its parts; stored tensors are read so far.
+
+    ``absent`` is as for ``sharded_parts``.
 
     Raises:
         CheckpointError: Something does not fit; names what.
     """
-    restore_module(module, state.module, strict=strict, place=stored_like)
-    restore_optimizers(optimizers, module, state.optimizers, strict=strict, place=stored_like)
+    restore_module(module, state.module, strict=strict, place=stored_like, absent=absent)
+    some = [
+        {**each, "state": {n: kept for n, kept in each["state"].items() if n not in absent}}
+        for each in state.optimizers
+    ]
+    restore_optimizers(optimizers, module, some, strict=strict, place=stored_like)
     precision.load_state_dict(state.precision)
 
 

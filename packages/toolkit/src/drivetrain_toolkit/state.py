@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch.optim import Optimizer
 
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 
 def gather_module(
-    module: nn.Module, *, whole: Whole | None = None, keep: bool = True
+    module: nn.Module,
+    *,
+    whole: Whole | None = None,
+    keep: bool = True,
+    absent: Collection[str] = (),
 ) -> dict[str, Any]:
     """The module's ``state_dict`` as copies on the host, so that training may go on meanwhile.
 
@@ -30,8 +34,13 @@ def gather_module(
         whole: From what a rank holds of a tensor to the whole of it, if ranks hold parts, or to a
             ``Shard``. Called on every rank for the same tensors in the same order.
         keep: False on a rank that only helps others to get theirs; it returns nothing.
+        absent: Names that are left out.
     """
-    made = {name: _copied(value, whole, keep=keep) for name, value in module.state_dict().items()}
+    made = {
+        name: _copied(value, whole, keep=keep)
+        for name, value in module.state_dict().items()
+        if name not in absent
+    }
     return made if keep else {}
 
 
@@ -41,6 +50,7 @@ def restore_module(
     *,
     strict: bool = True,
     place: Place | None = None,
+    absent: Collection[str] = (),
 ) -> None:
     """Load what ``gather_module`` returned, from whatever device.
 
@@ -50,6 +60,7 @@ def restore_module(
         strict: Whether all names must be the same on both sides.
         place: From a whole tensor, which may be a ``StoredTensor``, and what is held here to what
             this rank holds of the former.
+        absent: Names of what this rank does not hold: they must be there, and are not read.
 
     Raises:
         CheckpointError: Names are missing or unknown (only if ``strict``), or shapes differ.
@@ -65,8 +76,8 @@ def restore_module(
             f"The checkpoint does not fit the module: shapes differ for {', '.join(differing)}.",
             "Build the module with the hyperparameters that it was saved with.",
         )
-    given = dict(state)
-    for name, value in state.items():
+    given = {name: value for name, value in state.items() if name not in absent}
+    for name, value in list(given.items()):
         if place is not None and _has_shape(value) and _has_shape(mine.get(name)):
             given[name] = place(_own(value), mine[name])
         elif isinstance(value, StoredTensor):
@@ -79,15 +90,21 @@ def restore_module(
             "Build the module with the hyperparameters that it was saved with.",
         ) from error
     if strict:
+        missing = [name for name in missing if name not in absent or name not in state]
         _refuse_names("module", missing, unknown)
 
 
 def gather_optimizer(
-    optimizer: Optimizer, module: nn.Module, *, whole: Whole | None = None, keep: bool = True
+    optimizer: Optimizer,
+    module: nn.Module,
+    *,
+    whole: Whole | None = None,
+    keep: bool = True,
+    absent: Collection[str] = (),
 ) -> dict[str, Any]:
     """The optimizer's state as copies on the host, keyed by names of ``module``'s parameters.
 
-    ``whole`` and ``keep`` are as for ``gather_module``.
+    ``whole``, ``keep`` and ``absent`` are as for ``gather_module``.
 
     Returns:
         ``{"state": {parameter name: {key: value}}, "groups": [{"parameters": [names], …}]}``. A
@@ -100,10 +117,14 @@ def gather_optimizer(
     names = _names_by_group(optimizer, module)
     flat = [name for group in names for name in group]
     saved = optimizer.state_dict()
+    named = {
+        flat[key] if isinstance(key, int) else key: value for key, value in saved["state"].items()
+    }
     return {
         "state": {
-            flat[key] if isinstance(key, int) else key: _copied(value, whole, keep=keep)
-            for key, value in saved["state"].items()
+            name: _copied(value, whole, keep=keep)
+            for name, value in named.items()
+            if name not in absent
         },
         "groups": [
             {

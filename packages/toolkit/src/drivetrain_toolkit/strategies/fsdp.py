@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
-from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
+from drivetrain_interfaces import ConfigurationError, UnsupportedError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -22,15 +22,13 @@ from drivetrain_toolkit.precision import _CastInputs, _install_cast
 from drivetrain_toolkit.rows import Gathered, GatheringStep
 from drivetrain_toolkit.shards import (
     Shards,
-    gather_parts,
     part_of,
-    restore_parts,
-    sharded_parts,
     shared_update,
 )
 from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.steps import EagerEvalStep, EagerTrainStep, make_train_step
-from drivetrain_toolkit.strategies.eager import EagerStrategy, moved, with_options
+from drivetrain_toolkit.strategies.divided import DividedStrategy
+from drivetrain_toolkit.strategies.eager import moved, with_options
 from drivetrain_toolkit.strategies.plans import (
     SameDraws,
     Settled,
@@ -89,7 +87,7 @@ class FSDPOptions:
     plan_ranks: int | None
 
 
-class FSDPStrategy(EagerStrategy):
+class FSDPStrategy(DividedStrategy):
     """Several processes, each with a part of every parameter, its gradient and optimizer state.
 
     Parameters of one unit are gathered when it is used. In a world of one nothing is divided.
@@ -234,47 +232,6 @@ class FSDPStrategy(EagerStrategy):
         """Raises ``UnsupportedError``."""
         self._refuse_manual()
 
-    def state(self) -> ModelState:
-        """The whole state on rank 0; the others help, and return an empty one."""
-        if self._root is None:
-            return super().state()
-        module = self._prepared()
-        for unit in self._units:
-            unit.reshard()
-        return gather_parts(
-            module,
-            self._optimizers,
-            self.context.precision,
-            keep=self.context.world.is_main,
-        )
-
-    def sharded_state(self) -> ModelState:
-        """What this rank holds, as copies on the host; no rank waits for another."""
-        if self._root is None:
-            return super().state()
-        module = self._prepared()
-        for unit in self._units:
-            unit.reshard()
-        return sharded_parts(module, self._optimizers, self.context.precision)
-
-    def load_sharded(self, state: ModelState, *, strict: bool = True) -> None:
-        """As ``load``, of stored tensors, of which each rank reads its parts."""
-        self.load(state, strict=strict)
-
-    def load(self, state: ModelState, *, strict: bool = True) -> None:
-        """Restore a state of any strategy and world, of which each rank keeps its parts.
-
-        Raises:
-            CheckpointError: Something does not fit; names what.
-        """
-        if self._root is None:
-            super().load(state, strict=strict)
-            return
-        module = self._prepared()
-        for unit in self._units:
-            unit.reshard()
-        restore_parts(module, self._optimizers, self.context.precision, state, strict=strict)
-
     def close(self) -> None:
         """Take the hooks away and release the device. The module keeps this rank's parts.
 
@@ -286,6 +243,14 @@ class FSDPStrategy(EagerStrategy):
     @staticmethod
     def _forward(root: Root, loss: Callable[..., Tensor], microbatch: Any) -> Tensor:
         return cast("Tensor", root(loss, microbatch))
+
+    def _is_divided(self) -> bool:
+        return self._root is not None
+
+    def _held(self) -> nn.Module:
+        for unit in self._units:
+            unit.reshard()
+        return super()._held()
 
     def _configure(self, options: Mapping[str, Any]) -> None:
         self._options = with_options(self.name, self._options, options)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from drivetrain_interfaces import (
     ConfigurationError,
     ModelState,
@@ -22,9 +21,9 @@ from torch.distributed.pipelining import (
 from drivetrain_toolkit.owners import gather_owned
 from drivetrain_toolkit.rows import Gathered, GatheringStep
 from drivetrain_toolkit.specs import CAPABILITIES
-from drivetrain_toolkit.state import gather_module, restore_module, restore_optimizers
+from drivetrain_toolkit.state import gather_module
+from drivetrain_toolkit.strategies.divided import DividedStrategy
 from drivetrain_toolkit.strategies.eager import (
-    EagerStrategy,
     WholeEvalStep,
     broadcast_module,
     with_options,
@@ -34,6 +33,7 @@ from drivetrain_toolkit.strategies.stages import (
     Layers,
     Line,
     balanced,
+    elsewhere,
     empty,
     fill,
     refuse_outside,
@@ -69,7 +69,7 @@ class PipelineOptions:
     example: Tensor | None
 
 
-class PipelineStrategy(EagerStrategy):
+class PipelineStrategy(DividedStrategy):
     """Each rank holds some consecutive layers of a module; batches flow through all.
 
     The module is an ``nn.Sequential``, or any other that torch can trace, if there is an example.
@@ -201,53 +201,6 @@ class PipelineStrategy(EagerStrategy):
         """Raises ``UnsupportedError``."""
         self._refuse_manual()
 
-    def state(self) -> ModelState:
-        """The whole state on rank 0; the others help, and return an empty one."""
-        if self._owners is None:
-            return super().state()
-        module, owners = self._prepared(), self._owners
-        world, collectives = self.context.world, self.context.collectives
-        ids = {id(p): owners[name] for name, p in module.named_parameters(remove_duplicate=False)}
-        optimizers = [
-            gather_owned(each, module, lambda p: ids[id(p)], collectives, world.rank)
-            for each in self._optimizers
-        ]
-        self.gather()
-        whole = gather_module(module) if world.is_main else {}
-        self.scatter()
-        return ModelState(
-            module=whole,
-            optimizers=optimizers if world.is_main else [],
-            precision=self.context.precision.state_dict(),
-        )
-
-    def load(self, state: ModelState, *, strict: bool = True) -> None:
-        """Restore a state of any strategy and world, of which each rank keeps its layers.
-
-        Raises:
-            CheckpointError: Something does not fit; names what.
-        """
-        if self._owners is None:
-            super().load(state, strict=strict)
-            return
-        assert self._line is not None
-        module, stage = self._prepared(), self._line.stage
-        with torch.no_grad():
-            self._restore_module(state, strict=strict)
-        some = [
-            {
-                **saved,
-                "state": {
-                    name: value
-                    for name, value in saved["state"].items()
-                    if self._owners.get(name, stage) == stage
-                },
-            }
-            for saved in state.optimizers
-        ]
-        restore_optimizers(self._optimizers, module, some, strict=strict)
-        self.context.precision.load_state_dict(state.precision)
-
     def close(self) -> None:
         """Drop the step and release the device. The module keeps this rank's layers."""
         self._release()
@@ -265,12 +218,32 @@ class PipelineStrategy(EagerStrategy):
         assert self._line is not None
         empty(self._prepared(), self._owners, self._line.stage)
 
-    def _restore_module(self, state: ModelState, *, strict: bool) -> None:
+    def _is_divided(self) -> bool:
+        return self._owners is not None
+
+    def _absent(self) -> frozenset[str]:
+        assert self._owners is not None
+        assert self._line is not None
+        return elsewhere(self._prepared(), self._owners, self._line.stage)
+
+    def _gathered(self, module: nn.Module) -> ModelState:
+        assert self._owners is not None
+        owners, context = self._owners, self.context
+        ids = {id(p): owners[name] for name, p in module.named_parameters(remove_duplicate=False)}
+        optimizers = [
+            gather_owned(
+                each, module, lambda p: ids[id(p)], context.collectives, context.world.rank
+            )
+            for each in self._optimizers
+        ]
         self.gather()
-        try:
-            restore_module(self._prepared(), state.module, strict=strict)
-        finally:
-            self.scatter()
+        whole = gather_module(module) if context.world.is_main else {}
+        self.scatter()
+        return ModelState(
+            module=whole,
+            optimizers=optimizers if context.world.is_main else [],
+            precision=context.precision.state_dict(),
+        )
 
     def _configure(self, options: Mapping[str, Any]) -> None:
         self._options = with_options(self.name, self._options, options)

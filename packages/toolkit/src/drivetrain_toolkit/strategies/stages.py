@@ -137,6 +137,14 @@ def empty(module: nn.Module, owners: Mapping[str, int], stage: int) -> None:
             _with_memory(module.get_submodule(name), full=False)
 
 
+def elsewhere(module: nn.Module, owners: Mapping[str, int], stage: int) -> frozenset[str]:
+    """Names, in the module's ``state_dict``, of the tensors of other stages' layers."""
+    layers = _layers(owners)
+    return frozenset(
+        name for name in module.state_dict() if layers.get(name.rpartition(".")[0], stage) != stage
+    )
+
+
 def make_whole(module: nn.Module, context: StrategyContext) -> bool:
     """Undo what ``prepare`` of an earlier run did; False if that had another number of ranks."""
     size, stages, owners, name = module.__dict__["_drivetrain_stages"]

@@ -6,21 +6,18 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from drivetrain_interfaces import ConfigurationError, ModelState
+from drivetrain_interfaces import ConfigurationError
 from torch.distributed.device_mesh import init_device_mesh
 
 from drivetrain_toolkit.rows import Gathered, GatheringStep
 from drivetrain_toolkit.shards import (
     Shards,
-    gather_parts,
-    restore_parts,
-    sharded_parts,
     shared_update,
 )
 from drivetrain_toolkit.specs import CAPABILITIES
 from drivetrain_toolkit.steps import EagerTrainStep, make_train_step
+from drivetrain_toolkit.strategies.divided import DividedStrategy
 from drivetrain_toolkit.strategies.eager import (
-    EagerStrategy,
     WholeEvalStep,
     broadcast_module,
     with_options,
@@ -57,7 +54,7 @@ class TensorParallelOptions:
     plan: Mapping[str, ParallelStyle | str] | None
 
 
-class TensorParallelStrategy(EagerStrategy):
+class TensorParallelStrategy(DividedStrategy):
     """Each rank holds parts of some layers and does their share of the work.
 
     What ranks draw together is the batch, and every rank has all of it. Layers outside of the plan
@@ -136,40 +133,6 @@ class TensorParallelStrategy(EagerStrategy):
         """Raises ``UnsupportedError``."""
         self._refuse_manual()
 
-    def state(self) -> ModelState:
-        """The whole state on rank 0; the others help, and return an empty one."""
-        if self._installed is None:
-            return super().state()
-        module = self._prepared()
-        return gather_parts(
-            module,
-            self._optimizers,
-            self.context.precision,
-            keep=self.context.world.is_main,
-        )
-
-    def sharded_state(self) -> ModelState:
-        """What this rank holds, as copies on the host; no rank waits for another."""
-        if self._installed is None:
-            return super().state()
-        return sharded_parts(self._prepared(), self._optimizers, self.context.precision)
-
-    def load_sharded(self, state: ModelState, *, strict: bool = True) -> None:
-        """As ``load``, of stored tensors, of which each rank reads its parts."""
-        self.load(state, strict=strict)
-
-    def load(self, state: ModelState, *, strict: bool = True) -> None:
-        """Restore a state of any strategy and world, of which each rank keeps its parts.
-
-        Raises:
-            CheckpointError: Something does not fit; names what.
-        """
-        if self._installed is None:
-            super().load(state, strict=strict)
-            return
-        module = self._prepared()
-        restore_parts(module, self._optimizers, self.context.precision, state, strict=strict)
-
     def close(self) -> None:
         """Take the hooks away and release the device. The module keeps this rank's parts.
 
@@ -177,6 +140,9 @@ class TensorParallelStrategy(EagerStrategy):
         """
         self._release()
         super().close()
+
+    def _is_divided(self) -> bool:
+        return self._installed is not None
 
     def _configure(self, options: Mapping[str, Any]) -> None:
         self._options = with_options(self.name, self._options, options)
