@@ -29,6 +29,8 @@ from drivetrain_toolkit.checkpoint import MANIFEST, STATE, TENSORS, DirectoryChe
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+from drivetrain_toolkit.jsontext import ROOM
+
 READER = Path(__file__).with_name("hostile_reader.py")
 SUFFIXES = (
     "pkl",
@@ -132,6 +134,7 @@ class Corpus:
             self.links,
             self.archives,
             self.programs,
+            self.expanding,
         ):
             step()
 
@@ -482,6 +485,57 @@ class Corpus:
                 archive.writestr("archive/data/0", b"\x00" * 16)
             self.file(f"program-{name}.pt", buffer.getvalue())
 
+    def expanding(self) -> None:
+        """Ten megabytes each, which as objects of Python would be up to thirty times that."""
+        size = 10_000_000
+
+        def many(item: bytes, start: bytes = b"[", end: bytes = b"]") -> bytes:
+            return start + (item + b",") * (size // (len(item) + 1)) + item + end
+
+        def numbered(item: bytes) -> bytes:
+            return b"{" + b",".join(item % n for n in range(size // (len(item) + 5))) + b"}"
+
+        texts = {
+            "lists": many(b"[]"),
+            "objects": many(b"{}"),
+            "numbers": many(b"999"),
+            "deques": many(b'{"$":"deque","value":[[],1]}'),
+            "set": many(b"1", b'{"$":"set","value":[', b"]}"),
+            "names": numbered(b'"%d":1'),
+            "deep-places": b'{"'
+            + b"k" * (size - 5000)
+            + b'":'
+            + many(b"1")[-5000:].join((b"[", b"}")),
+            "wide": b'["' + b"a" * size + "\U0001f600".encode() + b'"]',
+        }
+        body = json.loads((self.good / MANIFEST).read_text())
+        for name, text in texts.items():
+            self.resigned(f"expand-state-{name}", lambda body: None, state=text)
+            inside = json.dumps({**body, "more": "@", "xxh3_128": "0" * 32}, indent=1).encode()
+            raw = bytearray(inside.replace(b'"@"', text) + b"\n")
+            raw[-36:-4] = xxhash.xxh3_128_hexdigest(raw).encode()
+            (self.copy(f"expand-manifest-{name}") / MANIFEST).write_bytes(raw)
+            header = struct.pack("<Q", len(text)) + text
+            self.file(f"expand-header-{name}.safetensors", header)
+        programs = {
+            "lists": b"](" + b"]" * size + b"e.",
+            "objects": b"](" + b"}" * size + b"e.",
+            "numbers": b"](" + b"K\x01" * (size // 2) + b"e.",
+            "notes": b"]" + b"\x94" * size + b".",
+            "tuples": b"](N" + b"\x85" * size + b"e.",
+        }
+        for name, program in programs.items():
+            buffer = memory.BytesIO()
+            with zipfile.ZipFile(buffer, "w") as archive:
+                archive.writestr("archive/data.pkl", b"\x80\x04" + program)
+            self.file(f"expand-program-{name}.pt", buffer.getvalue())
+        entry = struct.pack("<4s6H3L5H2L", b"PK\x01\x02", *(0,) * 16)
+        count = size // len(entry)
+        directory = entry * count
+        sizes = (min(count, 0xFFFF),) * 2
+        ending = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, *sizes, len(directory), 4, 0)
+        self.file("expand-directory.pt", b"PK\x03\x04" + directory + ending)
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
@@ -502,6 +556,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(done.stdout)
     found["ran"] = (home / "ran").exists()
     found["changed"] = sorted(path.name for path in home.iterdir()) != before
+    found["sizes"] = {
+        path.name: sum(each.stat().st_size for each in (path, *path.rglob("*")) if each.is_file())
+        for path in corpus.folder.glob("expand-*")
+    }
     found["largest"] = max(
         path.stat().st_size
         for path in corpus.folder.rglob("*")
@@ -517,7 +575,18 @@ def test_no_code_runs_and_nothing_outside_is_touched(report: dict[str, Any]) -> 
 
 
 def test_memory_stays_within_twice_the_largest_file(report: dict[str, Any]) -> None:
-    assert report["grown"] < 2 * report["largest"] + (32 << 20)
+    assert report["grown"] < 2 * report["largest"] + ROOM
+
+
+def test_what_would_expand_takes_twice_its_size_and_little_more(report: dict[str, Any]) -> None:
+    """Whatever is in a file: what Python would make of ten megabytes can be three hundred."""
+    assert len(report["peaks"]) >= 25
+    over = {
+        name: peak
+        for name, peak in report["peaks"].items()
+        if peak > 2 * report["sizes"][name] + ROOM
+    }
+    assert over == {}
 
 
 def test_every_file_is_refused_by_a_named_error(report: dict[str, Any]) -> None:

@@ -243,7 +243,7 @@ class DirectoryCheckpointIO:
         if form == DIRECTORY:
             self.save(tree, target)
             return left_out
-        with _storage("written", target), self._delivered(target) as file:
+        with _storage("written", target), self._at_hand(target, new=True) as file:
             if form == SAFETENSORS:
                 return [*left_out, *write_safetensors(file, tree)]
             staged = stage(tree, self._codecs)
@@ -258,7 +258,7 @@ class DirectoryCheckpointIO:
             StorageError: It cannot be read.
         """
         path = _full(path)
-        with _storage("read", path), self._fetched(path) as file:
+        with _storage("read", path), self._at_hand(path) as file:
             return read_single(file, self._codecs)
 
     def prune(self, directory: str, keep: int) -> Sequence[str]:
@@ -321,28 +321,22 @@ class DirectoryCheckpointIO:
         return store.is_file(path) if isinstance(store, ObjectStore) else os.path.isfile(path)
 
     @contextmanager
-    def _fetched(self, path: str) -> Iterator[str]:
-        """A single file as one of this machine, for as long as it is being read."""
-        store = self._store(path)
-        if not isinstance(store, ObjectStore):
-            yield path
-            return
-        with tempfile.TemporaryDirectory(prefix="drivetrain-") as folder:
-            file = os.path.join(folder, path.rpartition("/")[2])
-            store.fetch(path, file)
-            yield file
+    def _at_hand(self, path: str, *, new: bool = False) -> Iterator[str]:
+        """A single file as one of this machine, to be read; or ``new``, to be written.
 
-    @contextmanager
-    def _delivered(self, path: str) -> Iterator[str]:
-        """Where to write a single file, that it goes to ``path`` once it is complete."""
+        It goes to ``path`` once that is done.
+        """
         store = self._store(path)
         if not isinstance(store, ObjectStore):
             yield path
             return
         with tempfile.TemporaryDirectory(prefix="drivetrain-") as folder:
             file = os.path.join(folder, path.rpartition("/")[2])
+            if not new:
+                store.fetch(path, file)
             yield file
-            store.put(file, path)
+            if new:
+                store.put(file, path)
 
     def _check_conversion(self, target: str, form: str) -> None:
         if form not in (DIRECTORY, TORCH, SAFETENSORS):
@@ -367,7 +361,7 @@ class DirectoryCheckpointIO:
         return self.read_file(path) if self._is_single(path) else self.load(path)
 
     def _facts_of_file(self, path: str) -> CheckpointFacts:
-        with self._fetched(path) as file:
+        with self._at_hand(path) as file:
             staged = self._staged_file(file)
             form, size = form_of(file), os.path.getsize(file)
         return CheckpointFacts(
@@ -388,7 +382,7 @@ class DirectoryCheckpointIO:
         self._await_pending(path)
         with _storage("read", path):
             if self._is_single(path):
-                with self._fetched(path) as file:
+                with self._at_hand(path) as file:
                     staged = self._staged_file(file)
                 return Content(staged.state, staged.shelf.tensors)
             source = self._store(path).open(path)

@@ -31,6 +31,8 @@ from drivetrain_interfaces.errors import CheckpointError, ConfigurationError
 TAG: Final = "$"
 _TENSOR: Final = "tensor"
 _LARGEST_JSON_INT: Final = 2**63
+#: Places are made for every value: long ones would take far more memory than a file has.
+_LONGEST_PLACE: Final = 1 << 12
 
 # What the two directions work with: a value, and where it is in the tree.
 Encoder = Callable[[Any, str], Any]
@@ -245,9 +247,20 @@ def place(where: str) -> str:
 
 
 def join(where: str, key: object) -> str:
-    """The place of ``key`` below ``where``; slashes inside a key stay distinguishable."""
+    """The place of ``key`` below ``where``; slashes inside a key stay distinguishable.
+
+    Raises:
+        CheckpointError: It is longer than any place may be.
+    """
     part = str(key).replace("~", "~0").replace("/", "~1")
-    return f"{where}/{part}" if where else part
+    found = f"{where}/{part}" if where else part
+    if len(found) > _LONGEST_PLACE:
+        raise CheckpointError(
+            f"A checkpoint was to hold a value at a place of {len(found)} characters that begins "
+            f"with {found[:40]!r}; {_LONGEST_PLACE} are the most.",
+            "Use shorter keys, or a flatter tree.",
+        )
+    return found
 
 
 def _no_codec(value: Any, where: str) -> CheckpointError:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _SEQUENCES: Final = ("tuple", "set", "frozenset", "torch.Size")
 _LONGEST: Final = 60
+# Lists of more plain values are one value: the places of all would take far more than the file.
+_MOST_ITEMS: Final = 1000
+_MOST_PLACES: Final = 1 << 26  # bytes of all places
+_OF_A_PLACE: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +64,24 @@ _ELSEWHERE: Final = object()
 
 
 def _flattened(state: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    room = _MOST_PLACES
     try:
-        return dict(_flat(state, "", tensors))
+        for place, value in _flat(state, "", tensors):
+            found[place] = value
+            room -= len(place) + _OF_A_PLACE
+            if room < 0:
+                raise CheckpointError(
+                    f"A checkpoint was to be looked at place by place, and the first {len(found)} "
+                    f"have filled the {_MOST_PLACES} bytes that there are for them.",
+                    "Load it instead, and look at what you want to know.",
+                )
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             "A checkpoint was to be looked at, and holds a value that is no codec's.",
             "Use another checkpoint.",
         ) from error
+    return found
 
 
 def _flat(value: Any, where: str, tensors: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -87,11 +102,15 @@ def _flat(value: Any, where: str, tensors: Mapping[str, Any]) -> Iterator[tuple[
     elif isinstance(value, dict) and value:
         for key, item in value.items():
             yield from _flat(item, join(where, key), tensors)
-    elif isinstance(value, list) and value:
+    elif isinstance(value, list) and value and not _is_long(value):
         for number, item in enumerate(value):
             yield from _flat(item, join(where, number), tensors)
     else:
         yield where, value
+
+
+def _is_long(value: list[Any]) -> bool:
+    return len(value) > _MOST_ITEMS and not any(isinstance(each, (list, dict)) for each in value)
 
 
 def _difference(place: str, one: Any, other: Any) -> Difference | None:

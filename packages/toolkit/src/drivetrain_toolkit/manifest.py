@@ -19,6 +19,7 @@ import xxhash
 from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import dtype_named
+from drivetrain_toolkit.jsontext import BadJSONError, TooMuchError, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ MANIFEST: Final = "manifest.json"
 STATE: Final = "state.json"
 #: Longer ones are not read: a manifest takes a few hundred bytes per tensor.
 LONGEST_MANIFEST: Final = 1 << 28
-#: Neither are longer trees, nor written: plain values take many times that in memory.
+#: Neither are longer trees, nor written.
 LONGEST_STATE: Final = 1 << 28
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -39,6 +40,7 @@ _NO_HASH: Final = "0" * 32
 _HASH_AT: Final = slice(-36, -4)
 _MOST_DIMENSIONS: Final = 64
 _MOST_CUTS: Final = 6
+_MOST_CORNERS: Final = 1 << 16
 _LARGEST: Final = 2**63 - 1
 
 
@@ -115,23 +117,27 @@ class Manifest:
         return bytes(text)
 
     @classmethod
-    def parse(cls, text: bytes, path: str) -> Manifest:
+    def parse(cls, text: bytes | bytearray, path: str, others: int = 0) -> Manifest:
         """Read it, and make sure that not one bit has changed and that everything in it adds up.
+
+        Args:
+            text: The file. A ``bytearray`` is empty afterwards.
+            path: The checkpoint, for messages.
+            others: Bytes of its other files.
 
         Raises:
             CheckpointError: It is damaged, of another format, or of a later version.
         """
         try:
-            body = parse_json(text)
+            digest = _hash_of(text)
+            body = parse_json(text, others)
             _refuse_later_version(body, path)
-            unhashed = bytearray(text)
-            unhashed[_HASH_AT] = _NO_HASH.encode("ascii")
-            unchanged = xxhash.xxh3_128_hexdigest(unhashed) == body["xxh3_128"]
-            manifest = _parsed(body) if unchanged else None
+            manifest = _parsed(body) if digest == body["xxh3_128"] else None
         except CheckpointError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            reason = str(error) if isinstance(error, _RefusedError) else type(error).__name__
+            told = isinstance(error, (_RefusedError, BadJSONError, TooMuchError))
+            reason = str(error) if told else type(error).__name__
             raise damaged(path, MANIFEST, f"it is not readable ({reason})") from error
         if manifest is None:
             raise damaged(path, MANIFEST, "it is not as it was written")
@@ -146,11 +152,6 @@ def damaged(folder: str, name: str, how: str) -> CheckpointError:
     )
 
 
-def parse_json(text: bytes) -> Any:
-    """JSON as the standard has it: no NaN, and no name twice. Raises ``ValueError``."""
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
-
-
 def volume(shape: Sequence[int]) -> int:
     """The number of items of a shape."""
     return math.prod(shape)
@@ -160,15 +161,14 @@ class _RefusedError(ValueError):
     """Says in its text what does not add up."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _RefusedError("a name is there twice")
-    return found
-
-
-def _no_constant(text: str) -> Any:
-    raise _RefusedError(f"{text} is not JSON")
+def _hash_of(text: bytes | bytearray) -> str:
+    """The hash of a manifest with zeros in the place of its hash."""
+    digest = xxhash.xxh3_128()
+    start, stop = _HASH_AT.start, _HASH_AT.stop
+    with memoryview(text) as view:
+        for piece in (view[:start], _NO_HASH.encode("ascii"), view[stop:]):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _tensor_body(facts: TensorFacts) -> dict[str, Any]:
@@ -265,8 +265,9 @@ def tiling_problem(
     cut = [  # other dimensions say nothing: every box has them whole
         d for d, size in enumerate(shape) if any(extent[d] != size for _, extent in solid)
     ]
-    if len(cut) > _MOST_CUTS:
-        return f"shards are cut along {len(cut)} dimensions, more than {_MOST_CUTS}"
+    several = len(cut) > 2  # noqa: PLR2004 - so many corners that they would fill the memory
+    if len(cut) > _MOST_CUTS or (several and len(solid) << len(cut) > _MOST_CORNERS):
+        return f"{len(solid)} shards are cut along {len(cut)} dimensions, which are too many"
     corners: Counter[tuple[int, ...]] = Counter()
     for start, extent, sign in (*((s, e, 1) for s, e in solid), ((0,) * len(shape), shape, -1)):
         for ends in itertools.product((0, 1), repeat=len(cut)):

@@ -9,13 +9,13 @@ import xxhash
 from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import dtype_named
+from drivetrain_toolkit.jsontext import TooMuchError, parse_json
 from drivetrain_toolkit.manifest import (
     LONGEST_MANIFEST,
     LONGEST_STATE,
     MANIFEST,
     Manifest,
     damaged,
-    parse_json,
     volume,
 )
 from drivetrain_toolkit.tensorfile import (
@@ -64,7 +64,7 @@ def parse_manifest(source: Source) -> Manifest:
         )
     if size > LONGEST_MANIFEST:
         raise damaged(source.path, MANIFEST, f"it has {size} bytes")
-    return Manifest.parse(_whole(source, MANIFEST), source.path)
+    return Manifest.parse(_whole(source, MANIFEST), source.path, _beside(source, MANIFEST))
 
 
 def file_problems(source: Source, manifest: Manifest) -> list[tuple[str, str]]:
@@ -104,7 +104,9 @@ def parse_state(source: Source, manifest: Manifest) -> Any:
     data = _whole(source, manifest.state)
     _require_hash(source, manifest, manifest.state, xxhash.xxh3_128_hexdigest(data))
     try:
-        return parse_json(data)
+        return parse_json(data, _beside(source, manifest.state), decoded=True)
+    except TooMuchError as error:
+        raise damaged(source.path, manifest.state, str(error)) from error
     except (ValueError, RecursionError) as error:
         how = f"it is not JSON ({type(error).__name__})"
         raise damaged(source.path, manifest.state, how) from error
@@ -175,7 +177,8 @@ def _checked_header(
     seen: Callable[[Any], None],
 ) -> list[Slot]:
     try:
-        slots = read_header(file, manifest.files[name][0], seen)
+        others = _beside(source, name)
+        slots = read_header(file, manifest.files[name][0], seen, others)
     except BadFileError as error:
         raise damaged(source.path, name, str(error)) from error
     if len(slots) != len(parts):
@@ -204,14 +207,19 @@ def _read_into(
         raise damaged(source.path, name, str(error)) from error
 
 
-def _whole(source: Source, name: str) -> bytes:
+def _beside(source: Source, name: str) -> int:
+    """Bytes of all files but one."""
+    return sum(source.files.values()) - source.files[name]
+
+
+def _whole(source: Source, name: str) -> bytearray:
     data = bytearray(source.files[name])
     with source.open(name) as file:
         try:
             fill(file, memoryview(data))
         except BadFileError as error:
             raise damaged(source.path, name, str(error)) from error
-    return bytes(data)
+    return data
 
 
 def _require_hash(source: Source, manifest: Manifest, name: str, digest: str) -> None:

@@ -39,6 +39,7 @@ SAFETENSORS: Final = "safetensors"
 _ZIP: Final = b"PK\x03\x04"
 _PICKLE: Final = b"\x80"
 _WEIGHTS: Final = "module"
+_MOST_LEFT_OUT: Final = 10_000  # that are named
 # What torch.load(weights_only=True) knows besides JSON's own kinds.
 _PLAIN: Final = ("dict", "tuple", "int", "float", "ordered_dict", "torch.Size")
 
@@ -249,5 +250,8 @@ def _cleaned(value: Any, where: str, left_out: list[str]) -> Any:
 def _gone(value: Any, where: str, left_out: list[str]) -> bool:
     if not isinstance(value, Refused) or value.items:
         return False
-    left_out.append(f"{where} ({value.kind})")
+    if len(left_out) < _MOST_LEFT_OUT:
+        left_out.append(f"{where} ({value.kind})")
+    elif len(left_out) == _MOST_LEFT_OUT:
+        left_out.append("and more")
     return True

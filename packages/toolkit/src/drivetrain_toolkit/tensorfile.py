@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 
-from drivetrain_toolkit.manifest import parse_json, volume
+from drivetrain_toolkit.jsontext import TooMuchError, parse_json
+from drivetrain_toolkit.manifest import volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -129,27 +130,32 @@ def pieces(tensor: torch.Tensor, chunk: int = _CHUNK) -> Iterator[memoryview]:
         yield view[start : start + chunk]
 
 
-def read_header(file: Readable, size: int, seen: Callable[[Any], None]) -> list[Slot]:
+def read_header(
+    file: Readable, size: int, seen: Callable[[Any], None], others: int = 0
+) -> list[Slot]:
     """Where a file's tensors are, in the order of their bytes. It is then read up to the first.
 
     Args:
         file: At its beginning.
         size: Of the file, in bytes.
         seen: Called with what is read, to hash it.
+        others: Bytes of what is read besides this file.
 
     Raises:
-        BadFileError: The header is malformed, or its tensors overlap, leave gaps, leave the file or
-            have other sizes than their shapes say.
+        BadFileError: The header is malformed or would fill the memory, or its tensors overlap,
+            leave gaps, leave the file or have other sizes than their shapes say.
     """
     length = int.from_bytes(_take(file, _LENGTH, seen), "little")
     if length > min(size - _LENGTH, LONGEST_HEADER):
         raise BadFileError(f"its header would have {length} bytes")
     try:
-        header = parse_json(_take(file, length, seen))
+        others += size - length
+        header = parse_json(_take(file, length, seen), others)
         header.pop("__metadata__", None)
         slots = [_slot(key, entry) for key, entry in header.items()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, BadFileError) else type(error).__name__
+        told = isinstance(error, (BadFileError, TooMuchError))
+        reason = str(error) if told else type(error).__name__
         raise BadFileError(f"its header is not readable ({reason})") from error
     slots.sort(key=lambda slot: (slot.begin, slot.end))
     position = 0
@@ -174,10 +180,11 @@ def fill(file: Readable, buffer: memoryview, seen: Callable[[Any], None] | None 
         seen(buffer)
 
 
-def _take(file: Readable, size: int, seen: Callable[[Any], None]) -> bytes:
+def _take(file: Readable, size: int, seen: Callable[[Any], None]) -> bytearray:
     buffer = bytearray(size)
-    fill(file, memoryview(buffer), seen)
-    return bytes(buffer)
+    with memoryview(buffer) as view:  # while there is one, the buffer could not be emptied
+        fill(file, view, seen)
+    return buffer
 
 
 def _slot(key: str, entry: dict[str, Any]) -> Slot:

@@ -26,7 +26,7 @@ from drivetrain_toolkit.codecs import TAG, dtype_name
 from drivetrain_toolkit.manifest import STATE, ShardEntry, TensorFacts, tiling_problem, volume
 from drivetrain_toolkit.reading import parse_manifest
 from drivetrain_toolkit.tensorfile import write_tensors
-from drivetrain_toolkit.writing import manifest_for, state_text
+from drivetrain_toolkit.writing import manifest_for, manifest_text, state_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,11 +115,11 @@ class JointSave:
             self._publish(draft, parts, merged([plan["state"] for plan in plans]))
 
     def _publish(self, draft: Draft, parts: Sequence[Mapping[str, Any]], state: Any) -> None:
-        name, text = draft.name(STATE), state_text(state)
         files = {part["file"][0]: tuple(part["file"][1:]) for part in parts if part["file"]}
+        name, text = draft.name(STATE), state_text(state, sum(size for size, _ in files.values()))
         files[name] = draft.write(name, lambda write: write(text))
         manifest = manifest_for(self._origin, files, _facts(parts), name)
-        draft.publish(manifest.text())
+        draft.publish(manifest_text(manifest))
 
     def _meet(self) -> Draft:
         if self._group.rank == 0:

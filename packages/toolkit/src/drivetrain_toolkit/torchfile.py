@@ -13,13 +13,14 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final, cast
 
 import torch
 from drivetrain_interfaces.checkpoint import Refused
 from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import dtype_name
+from drivetrain_toolkit.jsontext import ROOM
 from drivetrain_toolkit.manifest import volume
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 _ENCRYPTED: Final = 1
 _MOST_DIMENSIONS: Final = 64
 _MARK: Final = object()
+# At most how many bytes a step of a program takes: the value, its places on the stack and in what
+# holds it, and those in copies of that; an entry of the memo; and one of the archive's directory.
+_OF_A_VALUE: Final = 64
+_OF_A_CONTAINER: Final = 192
+_OF_A_NOTE: Final = 100
+_OF_A_RECORD: Final = 20  # for each byte there
 
 
 class _ForeignError(ValueError):
@@ -53,11 +60,14 @@ def read_torch_file(file: IO[bytes], size: int, path: str) -> Any:
         CheckpointError: It is damaged, or built to take more memory than its size.
     """
     try:
-        with zipfile.ZipFile(file) as archive:
+        limited = _Limited(file, (size // 4 + ROOM) // _OF_A_RECORD)
+        with zipfile.ZipFile(cast("IO[bytes]", limited)) as archive:
+            limited.longest = size
             records = _records(archive, size)
             program = archive.read(records.pop("data.pkl"))
             _check_byte_order(archive, records)
-            tree = _Program(archive, records).run(program)
+            room = len(program) + (size - len(program)) // 4 + ROOM
+            tree = _Program(archive, records, room).run(program)
         _check_extent(tree, size, len(program))
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise _unreadable(path, f"its archive is damaged ({error})") from error
@@ -101,12 +111,42 @@ def _check_byte_order(archive: zipfile.ZipFile, records: dict[str, zipfile.ZipIn
         raise _ForeignError("its byte order is not little endian")
 
 
-class _Program:
-    """Follows a pickle program. What it can make is what this class makes."""
+class _Limited:
+    """A file of which nobody reads much at once: the directory of an archive takes many times it.
 
-    def __init__(self, archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo]) -> None:
+    Args:
+        file: The file.
+        longest: How many bytes.
+    """
+
+    def __init__(self, file: IO[bytes], longest: int) -> None:
+        self._file = file
+        self.longest = longest
+
+    def read(self, size: int = -1) -> bytes:
+        if size > self.longest:
+            raise _ForeignError(f"the directory of its archive would have {size} bytes")
+        return self._file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+class _Program:
+    """Follows a pickle program. What it can make is what this class makes.
+
+    Args:
+        archive: Where storages are.
+        records: Its records by name.
+        room: Bytes that the values of the program may take.
+    """
+
+    def __init__(
+        self, archive: zipfile.ZipFile, records: dict[str, zipfile.ZipInfo], room: int
+    ) -> None:
         self._archive = archive
         self._records = records
+        self._room = room
         self._storages: dict[str, _Storage] = {}
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
@@ -130,6 +170,9 @@ class _Program:
             if opcode.name == "STOP":
                 return self._stack.pop()
             self._follow(opcode.name, argument)
+            self._room -= _STEPS.get(opcode.name, 0)
+            if self._room < 0:
+                raise _ForeignError("what its program makes would take far more memory than it has")
         raise _ForeignError("its program does not end")
 
     def _follow(self, name: str, argument: Any) -> None:
@@ -328,6 +371,14 @@ _MADE: Final[dict[str, Callable[[], Any]]] = {
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
     "MARK": lambda: _MARK,
+}
+_STEPS: Final = {
+    **dict.fromkeys((*_VALUES, "NONE", "NEWTRUE", "NEWFALSE", "MARK", "EMPTY_TUPLE"), _OF_A_VALUE),
+    **dict.fromkeys(("BINGET", "LONG_BINGET", "GET", "BINPERSID"), _OF_A_VALUE),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT", "TUPLE", "TUPLE1"), _OF_A_CONTAINER),
+    **dict.fromkeys(("TUPLE2", "TUPLE3", "GLOBAL", "STACK_GLOBAL", "REDUCE"), _OF_A_CONTAINER),
+    "NEWOBJ": _OF_A_CONTAINER,
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"), _OF_A_NOTE),
 }
 _DTYPES: Final = {
     f"torch.{dtype_name(each)}": each

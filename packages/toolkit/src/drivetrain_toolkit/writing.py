@@ -11,6 +11,7 @@ from drivetrain_interfaces.contract import CONTRACT
 from drivetrain_interfaces.errors import CheckpointError
 
 from drivetrain_toolkit.codecs import dtype_name, place
+from drivetrain_toolkit.jsontext import cost_problem
 from drivetrain_toolkit.manifest import (
     LONGEST_STATE,
     STATE,
@@ -45,10 +46,6 @@ class Staged:
     state: Any
     shelf: TensorShelf
 
-    def text(self) -> bytes:
-        """The file with the tree."""
-        return state_text(self.state)
-
 
 @dataclass(frozen=True, slots=True)
 class Origin:
@@ -71,8 +68,12 @@ def stage(tree: Mapping[str, Any], codecs: Codecs, *, copy: bool = False) -> Sta
     return Staged(state, shelf)
 
 
-def state_text(state: Any) -> bytes:
+def state_text(state: Any, others: int) -> bytes:
     """The bytes of the file with the tree.
+
+    Args:
+        state: The tree as JSON values.
+        others: Bytes of the tensors.
 
     Raises:
         CheckpointError: They are so many that nobody would read them.
@@ -83,6 +84,29 @@ def state_text(state: Any) -> bytes:
             f"A checkpoint was to hold {len(text)} bytes of plain values, more than the "
             f"{LONGEST_STATE} that are read.",
             "Keep long lists of numbers in tensors.",
+        )
+    if how := cost_problem(text, others, decoded=True):
+        raise CheckpointError(
+            f"A checkpoint was to hold {len(text)} bytes of plain values, and nobody would read "
+            f"them: {how}.",
+            "Keep long lists of numbers, arrays and bytes in tensors.",
+        )
+    return text
+
+
+def manifest_text(manifest: Manifest) -> bytes:
+    """The bytes of the manifest.
+
+    Raises:
+        CheckpointError: They are so many that nobody would read them.
+    """
+    text = manifest.text()
+    others = sum(size for size, _ in manifest.files.values())
+    if how := cost_problem(text, others):
+        raise CheckpointError(
+            f"A checkpoint was to hold {len(manifest.tensors)} tensors, and nobody would read its "
+            f"manifest: {how}.",
+            "Put small tensors together into larger ones.",
         )
     return text
 
@@ -105,14 +129,13 @@ def write_alone(draft: Draft, staged: Staged, origin: Origin) -> None:
             )
         tensors[name] = shard.data
         facts[name] = whole(shard.data, file, name)
-    text = staged.text()
+    size = nbytes(tensors.values())
+    text = state_text(staged.state, size)
     files = {
-        file: draft.write(
-            file, lambda write: write_tensors(tensors, write), nbytes(tensors.values())
-        ),
+        file: draft.write(file, lambda write: write_tensors(tensors, write), size),
         state: draft.write(state, lambda write: write(text)),
     }
-    draft.publish(manifest_for(origin, files, facts, state).text())
+    draft.publish(manifest_text(manifest_for(origin, files, facts, state)))
 
 
 def whole(tensor: torch.Tensor, file: str, key: str) -> TensorFacts:
