@@ -14,7 +14,7 @@ WHOLE = ("test_checkpoint_faults.py", "test_checkpoint_hostile.py", "test_jsonte
          "test_kills.py")  # fmt: skip
 
 
-def tests_of(name: str) -> set[str]:
+def names_in(name: str) -> set[str]:
     (path,) = [*ROOT.glob(f"packages/*/tests/{name}"), *ROOT.glob(f"tests-integration/{name}")]
     return set(re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
 
@@ -22,11 +22,11 @@ def tests_of(name: str) -> set[str]:
 def test_every_test_that_the_page_names_is_there() -> None:
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", PAGE)
     assert named
-    assert [f"{file}::{test}" for file, test in named if test not in tests_of(file)] == []
+    assert [f"{file}::{test}" for file, test in named if test not in names_in(file)] == []
 
 
 def test_every_test_of_faults_is_on_the_page() -> None:
-    missing = {test for file in WHOLE for test in tests_of(file) if f"{file}::{test}" not in PAGE}
+    missing = {test for file in WHOLE for test in names_in(file) if f"{file}::{test}" not in PAGE}
     assert missing == set()
 
 
