@@ -14,7 +14,6 @@ import torch
 from drivetrain_interfaces import (
     CheckpointError,
     ConfigurationError,
-    ModelState,
     NotFoundError,
     UnavailableError,
 )
@@ -213,7 +212,7 @@ def test_files_are_refused_without_libaio_or_a_folder(tmp_path, monkeypatch):
 def compiled():
     """DeepSpeed's Adam for the host, compiled in this one process before ranks ask for it."""
     if shutil.which("g++") is None:
-        pytest.skip("no g++")
+        pytest.skip("needs g++")
     import_deepspeed("cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -231,17 +230,31 @@ def test_deepspeeds_adam_on_the_host_trains_as_torchs_does(compiled, ask):
             assert torch.allclose(found[name][key], value, atol=1e-5, rtol=0), (name, key)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_what_waits_in_files_trains_and_is_resumed(compiled, ask, tmp_path):
+@pytest.fixture(scope="module")
+def reads_files():
+    """What reads and writes files, compiled in this one process before ranks ask for it."""
     deepspeed = import_deepspeed("cpu")
     builder = deepspeed.accelerator.get_accelerator().get_op_builder("AsyncIOBuilder")
     if not builder().is_compatible(verbose=False):
-        pytest.skip("no libaio")
+        pytest.skip("needs g++ and libaio with its headers: libaio-dev on Debian")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         builder().load(verbose=False)
-    found = ask("in_files", folder=str(tmp_path))
-    assert found["files"] > 0
-    same(found["again"][0], found["end"][0])
-    assert isinstance(ModelState(*found["state"]), ModelState)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("make_optimizer", ["torch", "deepspeed"])
+def test_what_waits_in_files_trains_as_ddp_does_and_is_resumed(
+    reads_files, request, ask, tmp_path, make_optimizer
+):
+    if make_optimizer == "deepspeed":
+        request.getfixturevalue("compiled")
+    found = ask("in_files", folder=str(tmp_path), make_optimizer=make_optimizer)
+    assert found["parameters"] == 6, "every weight has a file"
+    assert found["files"] == {"float32params", "optimizer"}
+    assert found["held"] == 1, "and its part is nowhere else"
+    assert found["found"] == pytest.approx(found["wanted"], rel=1e-5)
+    assert found["apart"] < 1e-6
+    for what in ("whole", "loaded", "resumed", "from meta"):
+        assert found[what] == [], what

@@ -26,27 +26,32 @@ _DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
 def dividing(
     deepspeed: ModuleType,
     context: StrategyContext,
-    zero: Mapping[str, Any],
+    values: Mapping[str, Any],
     module: nn.Module | None = None,
+    swapper: Any = None,
 ) -> AbstractContextManager[Any]:
     """``deepspeed.zero.Init`` for the strategy's configuration.
 
     Args:
         deepspeed: The package.
         context: What the strategy was bound to.
-        zero: The section ``zero_optimization``.
+        values: DeepSpeed's configuration, of which it takes what is about dividing and files.
         module: What is divided at once; None divides what is built in the context.
+        swapper: What reads and writes files for parameters that were divided before; a second one
+            would remove theirs.
     """
     # Its argument dtype is not heard on devices without float16, so that it is configured instead.
-    settings = {key: value for key, value in zero.items() if value != AUTO}
+    settings = {k: v for k, v in values["zero_optimization"].items() if v != AUTO}
     config: dict[str, Any] = {
         "train_batch_size": context.world.size,
         "zero_optimization": {**settings, "memory_efficient_linear": False},
     }
+    if "aio" in values:
+        config["aio"] = values["aio"]
     if section := _DTYPES.get(context.precision.policy.parameters):
         config[section] = {"enabled": True}
     made: AbstractContextManager[Any] = deepspeed.zero.Init(
-        module=module, config_dict_or_path=config
+        module=module, config_dict_or_path=config, param_swapper=swapper
     )
     return made
 
@@ -54,7 +59,7 @@ def dividing(
 def divide_layer_by_layer(
     deepspeed: ModuleType,
     context: StrategyContext,
-    zero: Mapping[str, Any],
+    values: Mapping[str, Any],
     module: nn.Module,
     device: torch.device,
 ) -> None:
@@ -69,12 +74,14 @@ def divide_layer_by_layer(
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     parts = list(module.modules())
+    swapper = None
     for part in parts:
         others = {id(each) for each in parts if each is not part}
         materialize(part, others, device, initialize=context.world.is_main)
         spread_from_main(part, others, context.collectives)
         if part._parameters:  # noqa: SLF001 - those of its own
-            dividing(deepspeed, context, zero, _Own(part))
+            made: Any = dividing(deepspeed, context, values, _Own(part), swapper)
+            swapper = made.param_swapper
     for first, *more in names.values():  # a parameter with several names stays one
         for other in more:
             owner, _, attribute = other.rpartition(".")
@@ -115,7 +122,7 @@ def check_built(module: nn.Module, dtype: torch.dtype) -> None:
     """
     parts: list[Any] = [p for p in module.parameters() if is_divided(p)]
     for parameter in parts:
-        found = parameter.ds_tensor.dtype
+        found = parameter.dtype  # a part in a file has none
         if found is not dtype:
             raise ConfigurationError(
                 f"{type(module).__name__} was built under zero.Init in {found}, and the precision "

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from drivetrain_deepspeed.shards import is_divided
+from drivetrain_deepspeed.shards import is_divided, waits_in_a_file
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -32,7 +33,7 @@ class GatheredEvalStep:
         self._step = step
         self._module = module
         self._deepspeed = deepspeed
-        self._gathered: Any = None
+        self._gathered = ExitStack()
         self._kept: list[Any] = []
 
     def __call__(self, *args: Any) -> Any:
@@ -41,8 +42,13 @@ class GatheredEvalStep:
 
     def __enter__(self) -> Self:
         parts: list[Any] = [p for p in self._module.parameters() if is_divided(p)]
-        self._gathered = self._deepspeed.zero.GatheredParameters(parts, modifier_rank=None)
-        self._gathered.__enter__()
+        gather = self._deepspeed.zero.GatheredParameters
+        in_files = [p for p in parts if waits_in_a_file(p)]
+        in_memory = [p for p in parts if not waits_in_a_file(p)]
+        self._gathered.enter_context(gather(in_memory, modifier_rank=None))
+        for parameter in in_files:  # there are buffers for few of them at once
+            self._gathered.enter_context(gather([parameter], modifier_rank=None))
+            parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
         # The engine's hooks would let go of a layer after it was used, unless another uses it.
         self._kept = parts
         for parameter in parts:
@@ -55,5 +61,4 @@ class GatheredEvalStep:
         for parameter in self._kept:
             parameter.ds_active_sub_modules.discard(_EVALUATION)
         self._kept = []
-        self._gathered.__exit__(None, None, None)
-        self._gathered = None
+        self._gathered.close()

@@ -7,6 +7,7 @@ moved bit for bit.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +55,7 @@ class Groups:
         inner: Optimizer = self._engine.optimizer
         return inner
 
-    def groups(self) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
+    def groups(self, *, changing: bool) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
         """Parameters that are updated together, and the flat tensor of this rank's elements."""
         yield from zip(self._parameters, self._flats, strict=True)
 
@@ -119,11 +120,23 @@ class Partitions:
         inner: Optimizer = self._engine.optimizer
         return inner
 
-    def groups(self) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
-        """Parameters that are updated together, and the flat tensor of this rank's elements."""
-        yield from zip(
-            self._engine.fp16_groups, self._engine.fp32_partitioned_groups_flat, strict=True
-        )
+    def groups(self, *, changing: bool) -> Iterator[tuple[Sequence[nn.Parameter], Tensor]]:
+        """Parameters that are updated together, and the flat tensor of this rank's elements.
+
+        What waits in files is in memory, with the optimizer's state, until the next group is asked
+        for, and is written only if it is told to be ``changing``.
+        """
+        engine = self._engine
+        flats = engine.fp32_partitioned_groups_flat
+        for number, group in enumerate(zip(engine.fp16_groups, flats, strict=True)):
+            in_files = engine._swappable_optimizer_subgroup(number)  # noqa: SLF001 - as its own accessors do
+            if in_files:
+                engine._optimizer_states_and_gradient_swap_in(number)  # noqa: SLF001
+            yield group
+            if in_files and changing:
+                engine._optimizer_states_and_gradient_swap_out(number)  # noqa: SLF001
+            elif in_files:
+                engine._release_swap_buffers(number)  # noqa: SLF001
 
     def whole(self, parameters: Sequence[nn.Parameter], flat: Tensor) -> list[Tensor]:
         """Tensors like the parameters, from what each rank has; every rank calls it."""
@@ -163,15 +176,38 @@ def gathered(parameter: Any, part: Tensor) -> Tensor:
 
 def whole_parameter(parameter: Any) -> Tensor:
     """The whole of a parameter, of which every rank has a part; every rank calls it."""
+    with part_in_memory(parameter, changing=False) as part:
+        return gathered(parameter, part)
+
+
+def waits_in_a_file(parameter: Any) -> bool:
+    """Whether this rank's part of a divided parameter is in a file, and not in memory as well."""
     from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
 
-    if parameter.ds_tensor.status is PartitionedParamStatus.AVAILABLE:
-        return gathered(parameter, parameter.ds_tensor)
-    import deepspeed  # the part is in a file
+    return parameter.ds_tensor.status is not PartitionedParamStatus.AVAILABLE
 
-    with deepspeed.zero.GatheredParameters([parameter]):
-        made: Tensor = parameter.detach().clone()
-    return made
+
+@contextmanager
+def part_in_memory(parameter: Any, *, changing: bool) -> Iterator[Tensor]:
+    """This rank's part of a parameter, read from its file if it waits in one.
+
+    Args:
+        parameter: A divided one.
+        changing: Whether the file has to be written afterwards.
+    """
+    part: Tensor = parameter.ds_tensor
+    if not waits_in_a_file(parameter):
+        yield part
+        return
+    swapper = parameter.nvme_swapper
+    swapper.swap_in([parameter], async_op=False)
+    try:
+        yield part
+    finally:
+        if changing:
+            swapper.swap_out_and_release([parameter])
+        else:
+            swapper.remove_partition_and_release_buffers([parameter])
 
 
 def part_of(parameter: Any, value: Tensor, length: int) -> Tensor:
@@ -185,7 +221,7 @@ def part_of(parameter: Any, value: Tensor, length: int) -> Tensor:
 
 def set_parameter(parameter: Any, value: Tensor) -> None:
     """Give a divided parameter a new value, which every rank has."""
-    held = parameter.ds_tensor
-    held.data.copy_(part_of(parameter, value, held.numel()))
+    with part_in_memory(parameter, changing=True) as held:
+        held.data.copy_(part_of(parameter, value, held.numel()))
     if parameter.numel() == parameter.ds_numel:  # a small one, which is kept whole as well
         parameter.data.copy_(value.reshape(parameter.shape))

@@ -63,7 +63,7 @@ def module_state(
     if shards is not None and half:
         first = {id(p): p for p in named.values()}
         values: dict[int, Tensor] = {}
-        for parameters, flat in shards.groups():
+        for parameters, flat in shards.groups(changing=False):
             for parameter, value in zip(parameters, shards.whole(parameters, flat), strict=True):
                 values[id(parameter)] = _on_host(value)
         assert values.keys() <= first.keys(), "the engine updates the module's parameters"
@@ -103,7 +103,7 @@ def restore_module_state(
     for name, parameter in named.items():
         if name in saved:
             names.setdefault(id(parameter), name)
-    for parameters, flat in shards.groups():
+    for parameters, flat in shards.groups(changing=True):
         whole = [
             saved[names[id(p)]].to(flat.device, flat.dtype) if id(p) in names else None
             for p in parameters
@@ -141,7 +141,9 @@ def _restore_divided(
     with torch.no_grad():
         for name, parameter in divided.items():
             if name in saved:
-                value = saved[name].to(parameter.device, parameter.ds_tensor.dtype)
+                value = saved[name].to(
+                    parameter.device, parameter.dtype
+                )  # a part in a file has none
                 set_parameter(parameter, value)
 
 
@@ -157,7 +159,7 @@ def optimizer_state(
     """
     first = {id(p): name for name, p in module.named_parameters()}
     state: dict[str, dict[str, Any]] = {}
-    for parameters, flat in shards.groups():
+    for parameters, flat in shards.groups(changing=False):
         values = shards.inner.state.get(flat, {})
         mine = [first[id(p)] for p in parameters]
         for key in sorted(values):
@@ -191,7 +193,7 @@ def restore_optimizer_state(
     if strict:
         _check_groups(names, [group["parameters"] for group in saved["groups"]])
     first = {id(p): name for name, p in module.named_parameters()}
-    for parameters, flat in shards.groups():
+    for parameters, flat in shards.groups(changing=True):
         entries = [saved["state"].get(first[id(p)], {}) for p in parameters]
         keys = {key for entry in entries for key in entry}
         if not keys:

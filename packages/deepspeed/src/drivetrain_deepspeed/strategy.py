@@ -200,6 +200,10 @@ class DeepSpeedStrategy(EagerStrategy):
                 for tensor in [*module.parameters(), *module.buffers()]:
                     if not is_divided(tensor):
                         tensor.copy_(self.context.collectives.broadcast(tensor.detach()))
+        if self._merged.get("zero_optimization.offload_param.device") == "nvme":
+            # The engine's own dividing would write float32 into files as bfloat16 where the device
+            # has no float16.
+            dividing(self._deepspeed, self.context, self._merged.values, module)
         return module
 
     def zero_init(self) -> AbstractContextManager[Any]:
@@ -209,7 +213,7 @@ class DeepSpeedStrategy(EagerStrategy):
         """
         if self.stage < _DIVIDED:
             return nullcontext()
-        return dividing(self._deepspeed, self.context, self._merged.get("zero_optimization"))
+        return dividing(self._deepspeed, self.context, self._merged.values)
 
     def train_step(self, spec: StepSpec) -> TrainStep:
         """Make an engine, and the train step from it. An earlier step cannot be called any more.
@@ -466,8 +470,8 @@ class DeepSpeedStrategy(EagerStrategy):
     def _give_values(self, module: nn.Module) -> nn.Module:
         module = self.context.precision.convert(module)
         if self.stage == _DIVIDED:
-            zero = self._merged.get("zero_optimization")
-            divide_layer_by_layer(self._deepspeed, self.context, zero, module, self.device)
+            values = self._merged.values
+            divide_layer_by_layer(self._deepspeed, self.context, values, module, self.device)
         else:
             fill(module, self.context, self.device)
         self._module = module
@@ -551,6 +555,6 @@ def _forget(parameter: Any) -> None:
     """Drop what the engine put on a parameter, so that it is an ordinary one again."""
     for name in [n for n in vars(parameter) if n.startswith("ds_")]:
         delattr(parameter, name)
-    for name in ("full_tensor", "_z3_optimizer", "all_gather", "partition"):
+    for name in ("full_tensor", "_z3_optimizer", "all_gather", "partition", "nvme_swapper"):
         if name in vars(parameter):
             delattr(parameter, name)

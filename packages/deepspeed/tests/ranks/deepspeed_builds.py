@@ -13,7 +13,9 @@ import torch
 from drivetrain_interfaces import (
     CheckpointError,
     ConfigurationError,
+    EvalSpec,
     ModelState,
+    StepSpec,
     UnsupportedError,
 )
 from drivetrain_toolkit.strategies import DDPStrategy
@@ -350,25 +352,104 @@ def host_adam(rank):
     return answer
 
 
-def in_files(rank, folder):
-    """The optimizer's state and parameters in files, at stage 3, and a state from there."""
+#: Each part of a weight has a mebibyte, below which DeepSpeed puts nothing into a file.
+BROAD, NARROW = 1024, 512
+#: More weights than there are buffers for what is read.
+WEIGHTS, BUFFERS = 6, 5
 
-    def deepspeeds(module):
-        return cpu_adam(module.parameters(), lr=1e-2)
 
-    strategy = DeepSpeedStrategy(
-        3, offload_optimizer="nvme", offload_parameters="nvme", nvme_path=folder,
-        sub_group_size=400, config=cases.ALL_DIVIDED,
-    )  # fmt: skip
-    run = cases.Run(rank, strategy, make=deepspeeds)
-    run.train(10)
-    answer = {"state": run.state(), "files": sum(1 for p in Path(folder).rglob("*.swp"))}
-    run.train(2, start=10)
-    end = run.state()
-    run.close()
-    run = cases.Run(rank, strategy, make=deepspeeds, module=cases.network(4))
-    run.strategy.load(ModelState(*answer["state"]))
-    run.train(2, start=10)
-    answer["end"], answer["again"] = end, run.state()
-    run.close()
+def broad(seed):
+    torch.manual_seed(seed)
+    layers = []
+    for _ in range(WEIGHTS // 2):
+        layers += [nn.Linear(BROAD, NARROW), nn.Tanh(), nn.Linear(NARROW, BROAD)]
+    return nn.Sequential(*layers)
+
+
+def in_files(rank, folder, make_optimizer):
+    """The optimizer's state and parameters in files at stage 3: trained, evaluated and resumed."""
+    make = {"torch": torch.optim.AdamW, "deepspeed": cpu_adam}[make_optimizer]
+
+    def files():
+        return DeepSpeedStrategy(
+            3, offload_optimizer="nvme", offload_parameters="nvme", nvme_path=folder,
+            sub_group_size=300_000,
+            config={
+                "zero_optimization": {
+                    "stage3_param_persistence_threshold": 0,
+                    "reduce_bucket_size": 600_000,
+                    "stage3_max_live_parameters": 600_000,  # or all would stay in buffers
+                    "stage3_max_reuse_distance": 600_000,
+                    "stage3_prefetch_bucket_size": 600_000,
+                    "offload_param": {
+                        "buffer_size": 600_000, "buffer_count": BUFFERS, "max_in_cpu": 0,
+                    },
+                }
+            },
+        )  # fmt: skip
+
+    def start(strategy, seed, device="cpu"):
+        bound = rank.bind_object(strategy)
+        with torch.device(device):
+            module = broad(seed)
+        module = bound.prepare(module)
+        optimizer = make(module.parameters(), lr=1e-3)
+        return bound, module, bound.train_step(StepSpec(module, [optimizer], squared))
+
+    def train(step, first, count):
+        for number in range(first, first + count):
+            generator = torch.Generator().manual_seed(10 * number + rank.world.rank)
+            step([torch.randn(4, BROAD, generator=generator)])
+
+    def measure(bound, module):
+        with bound.eval_step(EvalSpec(module, squared)) as evaluate:
+            return float(evaluate(torch.ones(2, BROAD)))
+
+    bound, module, step = start(files(), 0)
+    train(step, 0, 3)
+    state = bound.state()
+    answer = {"found": measure(bound, module)}
+    answer["files"] = {p.parts[-3] for p in Path(folder).rglob("rank0/*.swp")}
+    answer["parameters"] = sum(1 for p in Path(folder).rglob("rank0/*_param.tensor.swp"))
+    weights = [p for p in module.parameters() if p.ds_numel == BROAD * NARROW]
+    answer["held"] = max(p.ds_tensor.numel() for p in weights)
+    train(step, 3, 2)
+    end = bound.state()
+    bound.close()
+    alone = rank.bind_object(DeepSpeedStrategy(0))
+    again = alone.prepare(module)  # whole again, from the files
+    answer["whole"] = differing(dict(again.state_dict()), end.module)
+    for device, name in (("cpu", "resumed"), ("meta", "from meta")):
+        bound, _, step = start(files(), 4, device)
+        bound.load(state)
+        answer["loaded"] = differing_states(bound.state(), state)
+        train(step, 3, 2)
+        answer[name] = differing_states(bound.state(), end)
+        bound.close()
+    plain, module, step = start(DDPStrategy(), 0)
+    train(step, 0, 3)
+    answer["wanted"] = measure(plain, module)
+    train(step, 3, 2)
+    wanted = plain.state().module
+    answer["apart"] = max(float((end.module[n] - v).abs().max()) for n, v in wanted.items())
     return answer
+
+
+def squared(module, batch):
+    return module(batch).square().mean()
+
+
+def differing(one, other):
+    assert one.keys() == other.keys()
+    return [name for name, value in other.items() if not torch.equal(one[name], value)]
+
+
+def differing_states(one, other):
+    names = differing(one.module, other.module)
+    mine, theirs = one.optimizers[0]["state"], other.optimizers[0]["state"]
+    assert mine.keys() == theirs.keys()
+    for name, entry in theirs.items():
+        for key, value in entry.items():
+            if not torch.equal(torch.as_tensor(mine[name][key]), torch.as_tensor(value)):
+                names.append((name, key))
+    return names
