@@ -151,7 +151,10 @@ def wheels_of(
     if not folder.is_dir():
         missing = [each for each in recipe.get("programs", []) if not shutil.which(each)]
         if missing:
-            session.error(f"{' and '.join(built)} needs {' and '.join(missing)} to be built")
+            session.error(
+                f"{' and '.join(built)} needs {' and '.join(missing)} to be built; the packages "
+                "of Debian have these names"
+            )
         draft = folder.with_name(f"{key}.draft")
         shutil.rmtree(draft, ignore_errors=True)
         build = ("--no-build-isolation", "--no-deps", "--no-cache-dir", "-c", str(constraints))
