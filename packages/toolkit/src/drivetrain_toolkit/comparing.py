@@ -41,7 +41,7 @@ class Content:
 
 
 def values_of(state: Any) -> dict[str, Any]:
-    """Everything in a tree but its tensors, by place."""
+    """Everything in a tree but its tensors, by place; a long list of plain values is one value."""
     found = _flattened(state, {})
     return {place: value for place, value in found.items() if value is not _ELSEWHERE}
 
