@@ -168,7 +168,8 @@ class Measured(Callback):
         (self.folder / f"grown-{trainer.world.rank}").write_text(str(grown))
 
 
-def test_a_rank_takes_no_more_memory_than_its_own_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fsdp", "pipeline"])
+def test_a_rank_takes_no_more_memory_than_its_own_state(tmp_path: Path, strategy: str) -> None:
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -176,7 +177,7 @@ def test_a_rank_takes_no_more_memory_than_its_own_state(tmp_path: Path) -> None:
         pytest.skip("this system does not let a process reset its peak")
     seed_everything(3)
     batches = torch.utils.data.DataLoader(torch.randn(8, 2048), batch_size=2)
-    Trainer(max_steps=2, strategy="fsdp", callbacks=[Measured(tmp_path)], **TWO).fit(
+    Trainer(max_steps=2, strategy=strategy, callbacks=[Measured(tmp_path)], **TWO).fit(
         Wide(), batches
     )
     own = 3 * (64 << 20) // 2  # parameters and two moments, on two ranks
