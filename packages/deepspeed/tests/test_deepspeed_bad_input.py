@@ -11,6 +11,8 @@ from drivetrain_interfaces import DrivetrainError, UnavailableError
 
 from drivetrain_deepspeed import DeepSpeedStrategy
 
+pytestmark = pytest.mark.timeout(400)  # its first engine takes long on a busy machine
+
 
 class Line(Module):
     """One layer."""

@@ -23,6 +23,8 @@ from drivetrain_deepspeed import DeepSpeedStrategy
 from drivetrain_deepspeed.precision import DeepSpeedPrecision
 from drivetrain_deepspeed.seeds import DeepSpeedPlugin, DeepSpeedPrecisionPlugin
 
+pytestmark = pytest.mark.timeout(400)  # its first engine takes long on a busy machine
+
 
 @pytest.fixture
 def bind():

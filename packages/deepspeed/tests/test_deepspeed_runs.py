@@ -11,9 +11,9 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parents[3] / "tests-integration/scripts/engine_train.py"
-PATIENCE = 200.0
+PATIENCE = 400.0
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 def run(folder, *arguments):

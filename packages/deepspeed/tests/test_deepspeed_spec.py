@@ -21,7 +21,7 @@ def test_importing_the_spec_loads_neither_torch_nor_deepspeed():
         "print([m for m in ('torch', 'deepspeed', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=200
     )
     assert done.stdout.strip() == "[]"
 

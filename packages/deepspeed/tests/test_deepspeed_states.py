@@ -9,7 +9,7 @@ from drivetrain_interfaces import ModelState, StepSpec, StrategyContext, World
 from drivetrain_interfaces.discovery import load_backend
 from drivetrain_toolkit.strategies import SingleDeviceStrategy
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture(scope="module")

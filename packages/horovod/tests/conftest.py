@@ -30,7 +30,7 @@ def on_two_ranks(two_ranks):
 
     def run(*names: str):
         return {
-            name: two_ranks.run(f"horovod_cases:{name}", name, seconds=300.0)[0] for name in names
+            name: two_ranks.run(f"horovod_cases:{name}", name, seconds=600.0)[0] for name in names
         }
 
     return run

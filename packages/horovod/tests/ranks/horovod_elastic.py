@@ -19,7 +19,7 @@ from drivetrain_horovod.elastic import run_elastic
 FOLDER = Path(sys.argv[1])
 CHANGE = sys.argv[2]
 EPOCHS, AT = 6, 2
-PATIENCE = 120.0
+PATIENCE = 300.0
 
 
 def loss(module, batch):
