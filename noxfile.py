@@ -286,7 +286,8 @@ def backend(session: nox.Session, name: str) -> None:
     them. A package that brings strategies in an environment of its own is tested on the CPU
     backend. The kit's report is left in ``build/reports``. Several runs of the kit, with variables
     and options of their own (``{home}`` is the folder of the tests), are
-    ``[[tool.drivetrain.kit]]`` tables.
+    ``[[tool.drivetrain.kit]]`` tables. Packages whose tests run in this environment too, last of
+    all, since its torch is an older one, are named by ``floor`` in ``[tool.drivetrain]``.
     """
     suite = ["-m", "pytest", "--pyargs", "drivetrain_conformance.suite"]
     runs: list[dict[str, Any]] = [{}]
@@ -322,6 +323,9 @@ def backend(session: nox.Session, name: str) -> None:
         # No format: a value may be JSON.
         variables = {k: v.replace("{home}", str(home)) for k, v in run.get("env", {}).items()}
         session.run(python, *suite, *options, env=variables, external=True)
+    session.chdir(ROOT)
+    for each in PROJECTS.get(name, {}).get("tool", {}).get("drivetrain", {}).get("floor", []):
+        run_tests(session, python, each)
 
 
 @nox.session(venv_backend="none")

@@ -348,7 +348,8 @@ if launcher.launch(main, launcher.plan(LaunchRequest(2))) is not state:
 
 
 def ranks(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return sorted(done.stdout.splitlines())
+    """What ranks print, without a word of gloo's in some versions of torch (2.9)."""
+    return sorted(each for each in done.stdout.splitlines() if not each.startswith("[Gloo]"))
 
 
 @pytest.mark.parametrize("options", [("-O", "-X", "dev"), ("-OXdev", "-W", "default")])

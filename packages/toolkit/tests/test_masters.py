@@ -272,4 +272,6 @@ def test_two_real_ranks_decide_together(tmp_path):
             rank.kill()
             rank.wait()
     for out, error in ends:
-        assert out.strip() == "[True, False, True] 0.0 32768.0", error
+        # Gloo of some versions of torch (2.9) has a word for stdout.
+        told = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        assert told == ["[True, False, True] 0.0 32768.0"], error

@@ -1,20 +1,125 @@
-"""State that several ranks have, each of its own parameters: bringing it together on rank 0."""
+"""Optimizers of which each rank updates its own parameters: their steps and states."""
 
 from __future__ import annotations
 
 import pickle
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
+from drivetrain_interfaces import ModelState
 
-from drivetrain_toolkit.state import gather_optimizer
+from drivetrain_toolkit.state import (
+    gather_module,
+    gather_optimizer,
+    restore_module,
+    restore_optimizers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from drivetrain_interfaces import Collectives
+    from drivetrain_interfaces import Collectives, Precision, StrategyContext
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+    from drivetrain_toolkit.steps import Update
+
+
+class DividedOptimizer(Protocol):
+    """An optimizer whose parameters are dealt out to ranks."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The user's, with state for this rank's parameters only."""
+        ...
+
+    def owner(self, parameter: Tensor) -> int:
+        """The rank that updates a parameter."""
+        ...
+
+    def owned(self) -> Sequence[Tensor]:
+        """The parameters that this rank updates."""
+        ...
+
+    def step(self) -> None:
+        """Update this rank's parameters and exchange all."""
+        ...
+
+
+class _Stepped:
+    """The user's optimizer with a step that is the divided one, for a precision that calls it."""
+
+    def __init__(self, divided: DividedOptimizer) -> None:
+        self.step = divided.step
+        self._optimizer = divided.optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+def update_of(divided: Sequence[DividedOptimizer], precision: Precision) -> Update:
+    """What updates instead of ``precision.step``: the same, with divided steps."""
+    stepped = tuple(cast("Optimizer", _Stepped(each)) for each in divided)
+    return partial(_update, precision.step, stepped)
+
+
+def _update(
+    step: Update,
+    stepped: Sequence[Optimizer],
+    _optimizers: Sequence[Optimizer],
+    prepare: Callable[[], None],
+) -> bool:
+    return step(stepped, prepare)
+
+
+def gather_state(
+    divided: Sequence[DividedOptimizer], module: nn.Module, context: StrategyContext
+) -> ModelState:
+    """The whole state on rank 0; the others help, and return an empty one."""
+    rank = context.world.rank
+    return ModelState(
+        module=gather_module(module) if context.world.is_main else {},
+        optimizers=[
+            gather_owned(each.optimizer, module, each.owner, context.collectives, rank)
+            for each in divided
+        ],
+        precision=context.precision.state_dict(),
+    )
+
+
+def own_state(
+    divided: Sequence[DividedOptimizer], module: nn.Module, precision: Precision
+) -> ModelState:
+    """The module, and the optimizer states that this rank has; nothing is sent."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found = []
+    for each in divided:
+        mine = gather_optimizer(each.optimizer, module)
+        for parameter in names.keys() - {id(p) for p in each.owned()}:
+            mine["state"].pop(names[parameter], None)
+        found.append(mine)
+    return ModelState(gather_module(module), found, precision.state_dict())
+
+
+def restore_state(
+    divided: Sequence[DividedOptimizer],
+    module: nn.Module,
+    precision: Precision,
+    state: ModelState,
+    *,
+    strict: bool,
+) -> None:
+    """Restore a state of any strategy and world; each rank keeps what it updates.
+
+    Raises:
+        CheckpointError: Something does not fit; names what.
+    """
+    restore_module(module, state.module, strict=strict)
+    owned = [p for each in divided for p in each.owned()]
+    mine = only_owned(state.optimizers, module, owned)
+    restore_optimizers([each.optimizer for each in divided], module, mine, strict=strict)
+    precision.load_state_dict(state.precision)
 
 
 def gather_owned(

@@ -169,19 +169,15 @@ class OldStrategy(_Asked, _Place):
         _refuse_old_overrides(cls, _OLD_STRATEGY_METHODS)
 
 
-class ParallelPlugin(_Asked, _Place, DDPStrategy):
-    """Several processes, one device each.
+class OldParallelStrategy(OldStrategy):
+    """Several processes, one device each: what such older classes took besides options.
 
     Args:
         parallel_devices: The devices of this machine; None leaves the choice to the trainer.
         cluster_environment: Where a process's place is read from; None detects it.
         checkpoint_io: How checkpoints are written; None leaves the choice to the trainer.
-        options: Options of ``DDPStrategy``.
+        options: Options of the strategy.
     """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        _refuse_old_overrides(cls, _OLD_STRATEGY_METHODS)
 
     def __init__(
         self,
@@ -194,6 +190,10 @@ class ParallelPlugin(_Asked, _Place, DDPStrategy):
         self.parallel_devices = parallel_devices
         self.cluster_environment = cluster_environment
         self.checkpoint_io = checkpoint_io
+
+
+class ParallelPlugin(OldParallelStrategy, DDPStrategy):
+    """``DDPStrategy`` with the arguments of ``OldParallelStrategy``."""
 
 
 class DDPPlugin(ParallelPlugin):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from drivetrain_toolkit.precision import TruePrecision
-from drivetrain_toolkit.seeds import PrecisionPlugin, SingleDevicePlugin
+from drivetrain_toolkit.seeds import OldParallelStrategy, PrecisionPlugin, SingleDevicePlugin
 
 from drivetrain_xla import FACTS
 from drivetrain_xla.checkpoint import XlaCheckpointIO
@@ -14,9 +14,7 @@ from drivetrain_xla.replicas import ReplicaStrategy
 from drivetrain_xla.strategies import XlaStrategy
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from drivetrain_interfaces import CheckpointIO, ClusterEnvironment
+    from drivetrain_interfaces import CheckpointIO
 
 
 class SingleTPUPlugin(XlaStrategy, SingleDevicePlugin):
@@ -40,27 +38,11 @@ class SingleTPUPlugin(XlaStrategy, SingleDevicePlugin):
         XlaStrategy.__init__(self, **options)
 
 
-class TPUSpawnPlugin(ReplicaStrategy):
+class TPUSpawnPlugin(OldParallelStrategy, ReplicaStrategy):
     """A process for each device, started by ``torch_xla.launch``, or by whoever starts them.
 
-    Args:
-        parallel_devices: The devices of this machine; None takes all.
-        cluster_environment: Where a process's place is read from; None detects it.
-        checkpoint_io: How checkpoints are written; None leaves the choice to the trainer.
-        options: Options of ``ReplicaStrategy``.
+    ``ReplicaStrategy`` with the arguments of ``OldParallelStrategy``.
     """
-
-    def __init__(
-        self,
-        parallel_devices: Sequence[torch.device] | None = None,
-        cluster_environment: ClusterEnvironment | None = None,
-        checkpoint_io: CheckpointIO | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.parallel_devices = parallel_devices
-        self.cluster_environment = cluster_environment
-        self.checkpoint_io = checkpoint_io
 
 
 class TPUPrecisionPlugin(PrecisionPlugin):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 import torch_xla.runtime as xr
-from drivetrain_interfaces import ConfigurationError, ModelState
-from drivetrain_toolkit.owners import gather_owned, only_owned
-from drivetrain_toolkit.state import gather_module, restore_module, restore_optimizers
+from drivetrain_interfaces import ConfigurationError
+from drivetrain_toolkit.owners import gather_state, own_state, restore_state, update_of
 
 from drivetrain_xla import CAPABILITIES
 from drivetrain_xla.replicas import ReplicaStrategy
@@ -19,7 +18,7 @@ from drivetrain_xla.replicas import ReplicaStrategy
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from drivetrain_interfaces import ManualSpec, ManualStep, StepSpec, TrainStep
+    from drivetrain_interfaces import ManualSpec, ManualStep, ModelState, StepSpec, TrainStep
     from drivetrain_toolkit.steps import Update
     from torch import Tensor
     from torch.optim import Optimizer
@@ -63,17 +62,18 @@ class Zero1ReplicaStrategy(ReplicaStrategy):
         if not self._divided:
             return super().state()
         torch_xla.sync()
-        world, module = self.context.world, self._prepared()
-        return ModelState(
-            module=gather_module(module) if world.is_main else {},
-            optimizers=[
-                gather_owned(
-                    each.optimizer, module, each.owner, self.context.collectives, world.rank
-                )
-                for each in self._divided
-            ],
-            precision=self.context.precision.state_dict(),
-        )
+        return gather_state(self._divided, self._prepared(), self.context)
+
+    def sharded_state(self) -> ModelState:
+        """The module, and the optimizer states that this rank has; nothing is sent."""
+        if not self._divided:
+            return super().state()
+        torch_xla.sync()
+        return own_state(self._divided, self._prepared(), self.context.precision)
+
+    def load_sharded(self, state: ModelState, *, strict: bool = True) -> None:
+        """As ``load``, of stored tensors; the states of others' parameters are not read."""
+        self.load(state, strict=strict)
 
     def load(self, state: ModelState, *, strict: bool = True) -> None:
         """Restore a state of any strategy and world; each rank keeps what it updates.
@@ -84,12 +84,8 @@ class Zero1ReplicaStrategy(ReplicaStrategy):
         if not self._divided:
             super().load(state, strict=strict)
             return
-        module = self._prepared()
-        restore_module(module, state.module, strict=strict)
-        owned = [p for each in self._divided for p in each.owned]
-        mine = only_owned(state.optimizers, module, owned)
-        restore_optimizers(self._optimizers, module, mine, strict=strict)
-        self.context.precision.load_state_dict(state.precision)
+        precision = self.context.precision
+        restore_state(self._divided, self._prepared(), precision, state, strict=strict)
         torch_xla.sync()
 
     def close(self) -> None:
@@ -108,24 +104,11 @@ class Zero1ReplicaStrategy(ReplicaStrategy):
         self._divided = tuple(
             _Divided(each, world.rank, world.size, exchange) for each in spec.optimizers
         )
-        stepped = tuple(cast("Optimizer", each) for each in self._divided)
-        return partial(_update, self.context.precision.step, stepped)
-
-
-def _update(
-    step: Update,
-    stepped: Sequence[Optimizer],
-    _optimizers: Sequence[Optimizer],
-    prepare: Callable[[], None],
-) -> bool:
-    return step(stepped, prepare)
+        return update_of(self._divided, self.context.precision)
 
 
 class _Divided:
-    """An optimizer whose step updates this rank's parameters, and exchanges all.
-
-    Otherwise it is the optimizer that the user built, with its groups, schedulers and hooks.
-    """
+    """An optimizer whose step updates this rank's parameters, and exchanges all."""
 
     def __init__(self, optimizer: Optimizer, rank: int, size: int, exchange: Exchange) -> None:
         self.optimizer = optimizer
@@ -133,12 +116,16 @@ class _Divided:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._owners = dealt_out(parameters, size)
         self._of = [[p for p in parameters if self.owner(p) == each] for each in range(size)]
-        self.owned = self._of[rank]
-        self._mine = {id(p) for p in self.owned}
+        self._owned = self._of[rank]
+        self._mine = {id(p) for p in self._owned}
 
     def owner(self, parameter: Tensor) -> int:
         """The rank that updates a parameter."""
         return self._owners[id(parameter)]
+
+    def owned(self) -> Sequence[Tensor]:
+        """The parameters that this rank updates."""
+        return self._owned
 
     def step(self) -> None:
         """Update this rank's parameters and exchange all."""
@@ -166,9 +153,6 @@ class _Divided:
         for rank, parameters in enumerate(self._of):
             if parameters:
                 self._exchange(parameters, rank)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.optimizer, name)
 
 
 def dealt_out(parameters: Sequence[Tensor], size: int) -> dict[int, int]:

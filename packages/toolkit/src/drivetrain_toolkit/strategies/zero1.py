@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from drivetrain_interfaces import ConfigurationError, ModelState, UnsupportedError
+from drivetrain_interfaces import ConfigurationError, UnsupportedError
 
-from drivetrain_toolkit.owners import gather_owned, only_owned
+from drivetrain_toolkit.owners import gather_state, own_state, restore_state, update_of
 from drivetrain_toolkit.specs import CAPABILITIES
-from drivetrain_toolkit.state import gather_module, gather_optimizer, restore_module
-from drivetrain_toolkit.state import restore_optimizers as restore_all
 from drivetrain_toolkit.strategies.ddp import DDPOptions, DDPStrategy
 
 with warnings.catch_warnings():
@@ -21,11 +18,10 @@ with warnings.catch_warnings():
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from drivetrain_interfaces import (
         ManualSpec,
         ManualStep,
+        ModelState,
         StepSpec,
         TrainStep,
     )
@@ -71,37 +67,13 @@ class Zero1Strategy(DDPStrategy):
         """The whole state on rank 0; the others help, and return an empty one."""
         if not self._divided:
             return super().state()
-        main = self.context.world.is_main
-        module = self._prepared()
-        return ModelState(
-            module=gather_module(module) if main else {},
-            optimizers=[
-                gather_owned(
-                    each.optim,
-                    module,
-                    each.owner,
-                    self.context.collectives,
-                    self.context.world.rank,
-                )
-                for each in self._divided
-            ],
-            precision=self.context.precision.state_dict(),
-        )
+        return gather_state(self._divided, self._prepared(), self.context)
 
     def sharded_state(self) -> ModelState:
         """The module, and the optimizer states that this rank has; nothing is sent."""
         if not self._divided:
             return super().state()
-        module = self._prepared()
-        names = {id(p): name for name, p in module.named_parameters()}
-        found = []
-        for each in self._divided:
-            mine = gather_optimizer(each.optim, module)
-            others = names.keys() - {id(p) for p in each.owned()}
-            for parameter in others:
-                mine["state"].pop(names[parameter], None)
-            found.append(mine)
-        return ModelState(gather_module(module), found, self.context.precision.state_dict())
+        return own_state(self._divided, self._prepared(), self.context.precision)
 
     def load_sharded(self, state: ModelState, *, strict: bool = True) -> None:
         """As ``load``, of stored tensors; the states of others' parameters are not read."""
@@ -116,14 +88,10 @@ class Zero1Strategy(DDPStrategy):
         if not self._divided:
             super().load(state, strict=strict)
             return
-        module = self._prepared()
-        restore_module(module, state.module, strict=strict)
-        owned = [p for each in self._divided for p in each.owned()]
-        some = only_owned(state.optimizers, module, owned)
-        restore_all(self._optimizers, module, some, strict=strict)
+        precision = self.context.precision
+        restore_state(self._divided, self._prepared(), precision, state, strict=strict)
         for each in self._divided:
             each.follow()
-        self.context.precision.load_state_dict(state.precision)
 
     def _check(self) -> None:
         super()._check()
@@ -137,21 +105,11 @@ class Zero1Strategy(DDPStrategy):
     def _update(self, spec: StepSpec) -> Update | None:
         view = self._options.parameters_as_bucket_view
         self._divided = tuple(_Divided(each, bucket_view=view) for each in spec.optimizers)
-        stepped = tuple(cast("Optimizer", _Stepped(each)) for each in self._divided)
-        return partial(_update, self.context.precision.step, stepped)
+        return update_of(self._divided, self.context.precision)
 
     def _release(self) -> None:
         super()._release()
         self._divided = ()
-
-
-def _update(
-    step: Update,
-    stepped: Sequence[Optimizer],
-    _optimizers: Sequence[Optimizer],
-    prepare: Callable[[], None],
-) -> bool:
-    return step(stepped, prepare)
 
 
 class _Divided(ZeroRedundancyOptimizer):
@@ -187,6 +145,11 @@ class _Divided(ZeroRedundancyOptimizer):
         # The user and schedulers write to the optimizer's own groups; torch reads these.
         self.param_groups = self.whole
 
+    @property
+    def optimizer(self) -> Optimizer:
+        """The user's."""
+        return cast("Optimizer", self.optim)
+
     def owner(self, parameter: Tensor) -> int:
         """The rank that updates a parameter."""
         ranks: dict[Tensor, int] = self._param_to_rank  # type: ignore[attr-defined]
@@ -214,17 +177,3 @@ class _Divided(ZeroRedundancyOptimizer):
             super().step()
         finally:
             self.optim.param_groups = self.whole
-
-
-class _Stepped:
-    """An optimizer whose step is the divided one, for a precision that calls ``step()``."""
-
-    def __init__(self, divided: _Divided) -> None:
-        self._divided = divided
-        self._optimizer = divided.optim
-
-    def step(self) -> None:
-        self._divided.step()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._optimizer, name)
