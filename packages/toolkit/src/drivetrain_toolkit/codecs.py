@@ -12,6 +12,7 @@ tensors. Own classes are added with ``register``.
 from __future__ import annotations
 
 import base64
+import ctypes
 import re
 import struct
 from collections import Counter, OrderedDict, deque
@@ -31,6 +32,8 @@ from drivetrain_interfaces.errors import CheckpointError, ConfigurationError
 TAG: Final = "$"
 _TENSOR: Final = "tensor"
 _LARGEST_JSON_INT: Final = 2**63
+#: From so many bytes on, arrays and bytes are kept as tensors: base64 takes several times them.
+_LARGE_BYTES: Final = 1 << 16
 #: Places are made for every value: long ones would take far more memory than a file has.
 _LONGEST_PLACE: Final = 1 << 12
 
@@ -302,12 +305,27 @@ def _restored(kind: type, values: Mapping[str, Any]) -> Any:
     return value
 
 
-def _from_base64(text: str) -> bytes:
-    return base64.b64decode(text.encode("ascii"), validate=True)
+def _from_kept(kept: Any) -> bytes:
+    if isinstance(kept, str):
+        return base64.b64decode(kept.encode("ascii"), validate=True)
+    data = _bytes_kept(kept)
+    return ctypes.string_at(data.data_ptr(), data.numel())
 
 
-def _to_base64(data: Any) -> str:
-    return base64.b64encode(data).decode("ascii")
+def _bytes_kept(kept: Any) -> torch.Tensor:
+    """Bytes that are kept as a tensor, which may still have to be read."""
+    found = kept if isinstance(kept, torch.Tensor) else kept.read()
+    if found.dtype != torch.uint8:
+        raise TypeError(f"its bytes are a tensor of {dtype_name(found.dtype)}")
+    plain: torch.Tensor = found.contiguous().reshape(-1)
+    return plain
+
+
+def _to_kept(data: Any) -> Any:
+    """Text, or a tensor with a copy: what the caller has may change while it is being written."""
+    if len(data) < _LARGE_BYTES:
+        return base64.b64encode(data).decode("ascii")
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _aware(value: datetime | time) -> str:
@@ -347,8 +365,8 @@ def _plain_codecs() -> tuple[Codec, ...]:
             lambda value: [list(value), value.maxlen],
             lambda parts: deque(*parts),
         ),
-        Codec("bytes", bytes, _to_base64, _from_base64),
-        Codec("bytearray", bytearray, _to_base64, lambda text: bytearray(_from_base64(text))),
+        Codec("bytes", bytes, _to_kept, _from_kept),
+        Codec("bytearray", bytearray, _to_kept, lambda kept: bytearray(_from_kept(kept))),
         _PATH,
         Codec("date", date, date.isoformat, date.fromisoformat),
         Codec("time", time, _aware, time.fromisoformat),
@@ -420,7 +438,7 @@ def _encode_array(value: Any) -> dict[str, Any]:
     return {
         "dtype": array.dtype.str,
         "shape": list(array.shape),
-        "data": _to_base64(np.ascontiguousarray(array).tobytes()),
+        "data": _to_kept(np.ascontiguousarray(array).reshape(-1).view(np.uint8)),
     }
 
 
@@ -433,7 +451,10 @@ def _decode_array(parts: Mapping[str, Any]) -> Any:
     shape = [int(each) for each in parts["shape"]]
     if any(each < 0 for each in shape):
         raise ValueError(f"an array cannot have the shape {shape}")
-    return np.frombuffer(_from_base64(parts["data"]), np.dtype(name)).reshape(shape).copy()
+    kept = parts["data"]
+    if isinstance(kept, str):
+        return np.frombuffer(_from_kept(kept), np.dtype(name)).reshape(shape).copy()
+    return _bytes_kept(kept).numpy().view(np.dtype(name)).reshape(shape)  # not copied again
 
 
 def _encode_config(value: Any) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def state_text(state: Any, others: int) -> bytes:
         raise CheckpointError(
             f"A checkpoint was to hold {len(text)} bytes of plain values, and nobody would read "
             f"them: {how}.",
-            "Keep long lists of numbers, arrays and bytes in tensors.",
+            "Keep long lists of numbers in tensors or arrays.",
         )
     return text
 
