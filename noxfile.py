@@ -527,11 +527,15 @@ def lightning(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", default=False)
 def any_to_any(session: nox.Session) -> None:
-    """Save with each strategy and number of ranks, load with each: ``-- ddp@2:fsdp@4 …``."""
+    """Save with each strategy and number of ranks, load with each: ``-- ddp@2:fsdp@4 …``.
+
+    Without pairs, all, of which docs/any-to-any.md is written.
+    """
     folder = Path(session.create_tmp()).resolve() / "saved"
     shutil.rmtree(folder, ignore_errors=True)
     script = "tests-integration/scripts/any_to_any.py"
-    session.run(shared_python(session), script, str(folder), *session.posargs, external=True)
+    options = session.posargs or ["--table", "docs/any-to-any.md"]
+    session.run(shared_python(session), script, str(folder), *options, external=True)
 
 
 @nox.session(venv_backend="none", default=False)

@@ -1,13 +1,15 @@
 """Save on some ranks with one strategy, load on others with another, and go on.
 
 ``python any_to_any.py FOLDER [FROM:TO …]`` with places such as ``single@1``, ``ddp@2``, ``fsdp@4``
-or ``sim@1`` (the simulated accelerator, in a process of its own); without pairs, all of them. For
-each pair the weights and optimizer states that arrive must be those that were saved, bit for bit,
-and the weights in the end those of an undisturbed run on one CPU, but for rounding.
+or ``sim@1`` (the simulated accelerator, in a process of its own); without pairs, all of them, of
+which a page is written to ``--table FILE``. For each pair the weights and optimizer states that
+arrive must be those that were saved, bit for bit, and the weights in the end those of an
+undisturbed run on one CPU, but for rounding.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -18,12 +20,16 @@ from typing import Any
 import torch
 from drivetrain import Callback, Module, Trainer, seed_everything
 from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
+from drivetrain_toolkit.strategies.tensor_parallel import TensorParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 PLACES = (
-    "single@1", "ddp@2", "ddp@4", "zero1@2", "zero1@4", "fsdp@2", "fsdp@4", "sim@1",
+    "single@1", "ddp@2", "ddp@4", "zero1@2", "zero1@4", "fsdp@2", "fsdp@4", "tp@2", "pipeline@2",
+    "sim@1",
 )  # fmt: skip
+#: Those that need to be told something.
+STRATEGIES = {"tp": TensorParallelStrategy(plan={"net.0": "colwise", "net.2": "rowwise"})}
 SIMULATED = Path(__file__).parents[2] / "packages/conformance/tests"
 #: Samples per step of all ranks, samples, epochs, and the step after which is saved.
 ROUND, SIZE, EPOCHS, MIDDLE = 16, 64, 2, 6
@@ -31,16 +37,17 @@ PATIENCE = 100.0
 
 
 class Net(Module):
-    """Small, with a buffer, and parameters whose sizes no number of ranks divides."""
+    """Small, with a buffer, and parameters most of whose sizes the ranks do not divide."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Tanh())
-        self.head = nn.Linear(3, 1)
+        self.net = nn.Sequential(
+            nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 1)
+        )
         self.register_buffer("scale", torch.tensor(2.0))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return nn.functional.mse_loss(self.head(self.net(batch[0])) * self.scale, batch[1])
+        return nn.functional.mse_loss(self.net(batch[0]) * self.scale, batch[1])
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.parameters(), lr=0.02)
@@ -79,7 +86,7 @@ def run(place: str, saved: Path, resume: Path | None) -> None:
         accelerator, strategy = spec, "single"
     several: dict[str, Any] = {}
     if int(ranks) > 1:
-        several = {"strategy": strategy, "launcher": "fork"}
+        several = {"strategy": STRATEGIES.get(strategy, strategy), "launcher": "fork"}
     seed_everything(3)
     x = torch.randn(SIZE, 5)
     loader = DataLoader(TensorDataset(x, x.sin().sum(1, keepdim=True)), ROUND // int(ranks))
@@ -150,25 +157,51 @@ def judge(folder: Path, source: str, target: str) -> str:
     return ""
 
 
+def table(found: dict[tuple[str, str], str], seconds: float) -> str:
+    """A page with what was seen: a row for each place that saved."""
+    good = sum(not problem for problem in found.values())
+    about = (
+        f"What `nox -s any_to_any` has written: {good} of {len(found)} pairs went on as if nothing "
+        f"had changed, on {time.strftime('%Y-%m-%d')} with torch {torch.__version__} in "
+        f"{seconds:.0f} s. All ran on CPUs; `sim` is the simulated accelerator. After `@` is the "
+        "number of ranks. *Equal* means that weights and optimizer states arrived bit for bit, and "
+        "that the run ended where an undisturbed one ends, but for rounding."
+    )
+    head = f"| saved on | {' | '.join(f'to {place}' for place in PLACES)} |"
+    lines = ["# Saved here, loaded there", "", about, "", head, f"|---|{'---|' * len(PLACES)}"]
+    for source in PLACES:
+        cells = (found[source, target] or "equal" for target in PLACES)
+        lines.append(f"| `{source}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     if sys.argv[1] == "--run":
         place, saved, resume = sys.argv[2:]
         run(place, Path(saved), Path(resume) if resume else None)
         return
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("pairs", nargs="*")
+    parser.add_argument("--table", type=Path)
+    options = parser.parse_args()
+    folder = options.folder
     folder.mkdir(exist_ok=True)
     torch.set_num_threads(1)
-    pairs = [tuple(pair.split(":")) for pair in sys.argv[2:]]
+    pairs = [tuple(pair.split(":")) for pair in options.pairs]
     pairs = pairs or [(source, target) for source in PLACES for target in PLACES]
-    begin, wrong = time.monotonic(), 0
+    begin = time.monotonic()
     run("single@1", folder / "single@1.ckpt", None)
+    found: dict[tuple[str, str], str] = {}
     for source, target in pairs:
-        problem = judge(folder, source, target)
-        wrong += bool(problem)
+        found[source, target] = problem = judge(folder, source, target)
         print(f"{source:8} -> {target:8} {problem or 'equal'}", flush=True)
+    seconds = time.monotonic() - begin
+    wrong = sum(map(bool, found.values()))
     good = len(pairs) - wrong
-    print(f"{good} of {len(pairs)} pairs went on as if nothing had changed; "
-          f"{time.monotonic() - begin:.0f} s")  # fmt: skip
+    print(f"{good} of {len(pairs)} pairs went on as if nothing had changed; {seconds:.0f} s")
+    if options.table is not None and not options.pairs:
+        options.table.write_text(table(found, seconds), encoding="utf-8")
     sys.exit(1 if wrong else 0)
 
 
