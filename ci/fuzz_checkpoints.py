@@ -141,6 +141,7 @@ def seeds(folder: Path) -> None:
         read(write(kind, honest[kind]))
         restore()
     codecs.lookup("cp437")  # what zipfile decodes some names with
+    codecs.lookup("raw-unicode-escape")  # and pickletools some texts
 
 
 def main() -> None:

@@ -104,6 +104,7 @@ def readers(io, path, output):
 def warm_up(io, output):
     """Import and cache whatever honest files need."""
     codecs.lookup("cp437")  # what zipfile decodes some names with
+    codecs.lookup("raw-unicode-escape")  # and pickletools some texts
     tree = {"module": {"w": torch.ones(2)}, "a": np.ones(2), "f": float("nan")}
     good = os.path.join(output, "good")
     io.save(tree, good)
