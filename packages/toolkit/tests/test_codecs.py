@@ -19,7 +19,8 @@ import pytest
 import torch
 from drivetrain_interfaces.errors import CheckpointError, ConfigurationError
 
-from drivetrain_toolkit.codecs import Codecs
+from drivetrain_toolkit.checkpoint import DirectoryCheckpointIO
+from drivetrain_toolkit.codecs import CODECS, Codecs
 
 
 class Colour(Enum):
@@ -335,3 +336,50 @@ def test_a_dtype_is_looked_up_in_a_table(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch, "__getattr__", pytest.fail, raising=False)
     with pytest.raises(CheckpointError, match="not a dtype"):
         Codecs().decode({"$": "torch.dtype", "value": "_dynamo"}, {})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"ab" * 50_000,
+        bytearray(b"ab" * 50_000),
+        np.arange(100_000, dtype=">i4").reshape(10, -1),
+        np.array(["2020-01-01"] * 20_000, dtype="M8[D]"),
+        np.array(["a", "bc"] * 20_000),
+        np.ones((300, 300)).T[::2],
+    ],
+    ids=["bytes", "bytearray", "integers", "dates", "texts", "strided"],
+)
+def test_large_bytes_and_arrays_are_kept_as_tensors(tmp_path: Path, value: Any) -> None:
+    """And come back as what they are, from every form."""
+    io = DirectoryCheckpointIO()
+    io.save({"a": [value, value]}, str(tmp_path / "x"))
+    assert (tmp_path / "x/state.json").stat().st_size < 1000
+    io.convert(str(tmp_path / "x"), str(tmp_path / "x.pt"), "torch")
+    for tree in (
+        io.load(str(tmp_path / "x")),
+        io.open(str(tmp_path / "x")),
+        io.read_file(str(tmp_path / "x.pt")),
+    ):
+        for back in tree["a"]:
+            assert type(back) is type(value)
+            np.testing.assert_array_equal(back, value)
+            if isinstance(value, np.ndarray):
+                assert back.dtype == value.dtype
+                assert back.flags.writeable
+                back[:1] = back[1:2]  # is nobody else's
+    assert io.diff(str(tmp_path / "x"), str(tmp_path / "x.pt")) == []
+
+
+def test_what_changes_while_it_is_written_is_saved_as_it_was(tmp_path: Path) -> None:
+    io, value = DirectoryCheckpointIO(), np.zeros(100_000)
+    pending = io.begin_save({"a": value}, str(tmp_path / "x"), staged=True)
+    value += 1
+    pending.wait()
+    assert not io.load(str(tmp_path / "x"))["a"].any()
+
+
+def test_bytes_that_are_a_tensor_of_numbers_are_refused() -> None:
+    text = {"$": "bytes", "value": {"$": "tensor", "name": "w"}}
+    with pytest.raises(CheckpointError, match="a tensor of float32"):
+        CODECS.decode(text, {"w": torch.ones(2)})
