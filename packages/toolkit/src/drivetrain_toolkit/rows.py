@@ -45,7 +45,11 @@ def count_rows(batch: Any, owner: str) -> int:
     Raises:
         DataError: They have none, or several lengths.
     """
-    lengths = {tensor.shape[0] for tensor in _tensors(batch)}
+    return _common_length(_tensors(batch), owner)
+
+
+def _common_length(tensors: Sequence[Tensor], owner: str) -> int:
+    lengths = {tensor.shape[0] for tensor in tensors}
     if len(lengths) != 1:
         raise DataError(
             f"The strategy {owner!r} divides batches by rows, and the tensors of this one have "
@@ -105,7 +109,7 @@ class Gathered:
         ranks see that, and send again.
         """
         tensors = [tensor.detach() for tensor in _tensors(batch)]
-        rows = count_rows(batch, self._owner)
+        rows = _common_length(tensors, self._owner)
         parts = self._exchange(tensors, rows)
         if max(self.counts) > self._room:
             self._room = max(self.counts)
@@ -130,8 +134,10 @@ class Gathered:
         if rows <= room:
             for tensor, start in zip(tensors, starts, strict=False):
                 _view(mine, start, rows, tensor).copy_(tensor)
-        sent = [torch.empty_like(mine) for _ in range(dist.get_world_size(self._group))]
-        dist.all_gather(sent, mine, group=self._group)
+        ranks = dist.get_world_size(self._group)
+        together = torch.empty(ranks * starts[-1], dtype=torch.uint8, device=home)
+        dist.all_gather_into_tensor(together, mine, group=self._group)
+        sent = together.view(ranks, -1).unbind()
         self.counts = [int(each[:8].view(torch.int64)) for each in sent]
         return [
             [

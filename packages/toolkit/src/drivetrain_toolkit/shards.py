@@ -180,9 +180,13 @@ class Shards:
 
     Args:
         everywhere: Groups over which plain tensors are different parts too, as pipeline stages are.
+        device: Where a rank sums that has no gradient. Default: the host.
     """
 
-    def __init__(self, everywhere: Sequence[ProcessGroup] = ()) -> None:
+    def __init__(
+        self, everywhere: Sequence[ProcessGroup] = (), device: torch.device | None = None
+    ) -> None:
+        self._home = device or torch.device("cpu")
         self._everywhere = tuple(everywhere)
         self._divided: list[tuple[ProcessGroup, ...]] = []
         self._groups: dict[Any, tuple[ProcessGroup, ...]] = {}
@@ -208,7 +212,7 @@ class Shards:
 
     def norm(self, grads: list[Tensor]) -> Tensor:
         """The 2-norm of all parts of all ranks: in float32 at least, equal on every rank."""
-        home = grads[0].device if grads else torch.device("cpu")
+        home = grads[0].device if grads else self._home
         wide = self._wide or torch.float32
         total = torch.zeros((), dtype=wide, device=home)
         # Every rank holds the same names, and so goes through the same groups in the same order.

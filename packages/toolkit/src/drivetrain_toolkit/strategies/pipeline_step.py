@@ -20,9 +20,9 @@ from drivetrain_toolkit.steps import EagerTrainStep
 from drivetrain_toolkit.strategies.stages import REHEARSES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
-    from drivetrain_interfaces import Precision, StepSpec
+    from drivetrain_interfaces import Precision, StepResult, StepSpec
     from torch.optim import Optimizer
 
     from drivetrain_toolkit.strategies.pipeline import PipelineStrategy
@@ -57,6 +57,7 @@ class PipelineStep(EagerTrainStep):
         "_parts",
         "_plans",
         "_rehearsal",
+        "_sending",
         "_share",
         "_spec",
         "_whole",
@@ -70,7 +71,7 @@ class PipelineStep(EagerTrainStep):
             collectives=owner.context.collectives if line.copies > 1 else None,
             world_size=owner.context.world.size,
             update=None if line.copies == 1 else _Averaged(precision, line, held),
-            parts=Shards(everywhere=[line.group]),
+            parts=Shards(everywhere=[line.group], device=owner.device),
         )
         self._line = line
         self._spec = spec
@@ -81,10 +82,21 @@ class PipelineStep(EagerTrainStep):
         self._kind = torch.float64 if torch.float64 in kinds else torch.float32
         self._plans: dict[Any, tuple[int, Any]] = {}
         self._whole: Any = None
-        self._share: Tensor | float = 1.0
+        self._share: Tensor | float | None = None
         self._losses: list[Tensor] = []
         self._parts = 1
         self._rehearsal = False
+        self._sending: Any = None  # the loss, on its way to the other ranks
+
+    def __call__(self, microbatches: Collection[Any]) -> StepResult:
+        """Train on one window; see ``EagerTrainStep``.
+
+        Ranks finish backward one after the other, and wait for each other's loss only after the
+        update.
+        """
+        result = super().__call__(microbatches)
+        self._arrived()
+        return result
 
     def release(self) -> None:
         """Let go of the stages. The step cannot be called any more."""
@@ -98,7 +110,7 @@ class PipelineStep(EagerTrainStep):
         rows = count_rows(microbatch, self._owner.name)
         schedule = self._schedule(microbatch, rows)
         line = self._line
-        self._whole, self._share, self._losses = microbatch, 1.0 if share is None else share, []
+        self._whole, self._share, self._losses = microbatch, share, []
         last = line.stages - 1
         with self._autocast():
             arguments = (self._input(microbatch),) if line.stage == 0 else ()
@@ -109,8 +121,16 @@ class PipelineStep(EagerTrainStep):
         loss = torch.zeros((), dtype=self._kind, device=self._device)
         if self._losses:
             loss += torch.stack(self._losses).sum()
-        dist.broadcast(loss, group=line.group, group_src=last)
+        self._sending = dist.broadcast(loss, group=line.group, group_src=last, async_op=True)
+        if share is not None:
+            self._arrived()  # the caller computes with it
         return loss
+
+    def _arrived(self) -> None:
+        """Wait for the last loss that was sent, so that others can read it."""
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.wait()
 
     def _schedule(self, microbatch: Any, rows: int) -> Any:
         """The schedule for batches of these shapes, which are the same on every rank."""
@@ -167,7 +187,7 @@ class PipelineStep(EagerTrainStep):
         part = some_rows(self._whole, first, first + count)
         loss = self._through(part, lambda _: output) / self._parts
         self._losses.append(loss.detach())
-        return loss * self._share
+        return loss if self._share is None else loss * self._share
 
     def _through(self, microbatch: Any, instead: Any) -> Tensor:
         """The user's loss, with something in the place of the sequence."""
