@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from drivetrain_toolkit.averaging import mean_over
 from drivetrain_toolkit.checks import needs_closure
-from drivetrain_toolkit.state import gather_module, gather_optimizer
+from drivetrain_toolkit.state import gather_module, gather_optimizer, restore_optimizers
 from drivetrain_toolkit.steps import EagerTrainStep, make_train_step
 from drivetrain_toolkit.strategies.eager import EagerStrategy, broadcast_module, with_options
 
@@ -53,6 +53,7 @@ class DDPOptions:
     averaging_period: int | None
     averaging_start: int
     averaging_group: int | None
+    uneven_inputs: bool
 
 
 class DDPStrategy(EagerStrategy):
@@ -74,6 +75,9 @@ class DDPStrategy(EagerStrategy):
         averaging_start: Windows at the beginning in which gradients are averaged all the same.
         averaging_group: Ranks that average gradients in every window also afterwards, 1 for none.
             None means those of a machine, or none if there is only one.
+        uneven_inputs: Ranks may train on different numbers of windows between entering and leaving
+            the train step. A gradient is the mean over the ranks that still train; at the end all
+            take over what the last one has.
     """
 
     name = "ddp"
@@ -99,6 +103,7 @@ class DDPStrategy(EagerStrategy):
         averaging_period: int | None = None,
         averaging_start: int = 0,
         averaging_group: int | None = None,
+        uneven_inputs: bool = False,
     ) -> None:
         self._options = DDPOptions(
             find_unused_parameters,
@@ -111,6 +116,7 @@ class DDPStrategy(EagerStrategy):
             averaging_period,
             averaging_start,
             averaging_group,
+            uneven_inputs,
         )
 
     @property
@@ -168,8 +174,9 @@ class DDPStrategy(EagerStrategy):
 
         Raises:
             UserCodeError: ``configure_ddp`` was overridden and set no usable wrapper.
-            UnsupportedError: A static graph was asked for together with weighted accumulation, or
-                averaging of parameters with an optimizer that needs a closure.
+            UnsupportedError: A static graph was asked for together with weighted accumulation,
+                averaging of parameters with an optimizer that needs a closure, or uneven inputs
+                with what a rank without batches cannot take part in.
         """
         self._release()
         world = self.context.world
@@ -183,6 +190,10 @@ class DDPStrategy(EagerStrategy):
             return super().train_step(spec)
         if self._options.averaging_period is not None:
             self._averaging = self._local_sgd(spec)
+        if self._options.uneven_inputs:
+            from drivetrain_toolkit.strategies.uneven import check_uneven
+
+            check_uneven(spec, self.name)
         self._optimizers = tuple(spec.optimizers)
         self._loss = _LossModule(spec.module, spec.loss)
         self.configure_ddp()
@@ -198,6 +209,8 @@ class DDPStrategy(EagerStrategy):
         )
         if self._averaging is not None:
             return self._averaging.around(self._step, self._average)
+        if self._options.uneven_inputs:
+            return self._uneven(spec, wrapper, self._step)
         return self._step
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
@@ -246,6 +259,8 @@ class DDPStrategy(EagerStrategy):
     def _check(self) -> None:
         super()._check()
         options = self._options
+        if options.uneven_inputs:
+            self._check_uneven()
         if options.averaging_period is not None:
             self._check_averaging()
         elif options.averaging_start or options.averaging_group is not None:
@@ -254,6 +269,18 @@ class DDPStrategy(EagerStrategy):
                 f"averaging_group={options.averaging_group} were asked of the strategy "
                 f"{self.name!r} without averaging_period.",
                 "Give averaging_period, or leave out both.",
+            )
+
+    def _check_uneven(self) -> None:
+        options = self._options
+        others = ("averaging_period", "comm_hook", "static_graph")
+        besides = [each for each in others if getattr(options, each)]
+        if besides or not self._can_part:
+            raise ConfigurationError(
+                f"uneven_inputs=True was asked of the strategy {self.name!r}"
+                + (f" besides {listed(besides)}" if besides else "")
+                + ", in which a rank without batches cannot stand in.",
+                "Use it with 'ddp', and without averaging, hooks and static graphs.",
             )
 
     def _check_averaging(self) -> None:
@@ -312,6 +339,21 @@ class DDPStrategy(EagerStrategy):
         with torch.no_grad():
             for tensor in (*self._prepared().parameters(), *self._prepared().buffers()):
                 tensor.copy_(mean_over(self.context.collectives, tensor.detach()))
+
+    def _uneven(self, spec: StepSpec, wrapper: Any, step: EagerTrainStep) -> TrainStep:
+        from drivetrain_toolkit.strategies.uneven import UnevenStep, torchs_own
+
+        wrapper = torchs_own(wrapper, self.name)
+        module, precision, optimizers = spec.module, self.context.precision, self._optimizers
+
+        def save() -> Any:
+            return [gather_optimizer(each, module) for each in optimizers], precision.state_dict()
+
+        def load(saved: Any) -> None:
+            restore_optimizers(optimizers, module, saved[0])
+            precision.load_state_dict(saved[1])
+
+        return UnevenStep(step, wrapper, self.context.collectives, save, load)
 
     def _update(self, spec: StepSpec) -> Update | None:
         """How the optimizers update, if not as the precision does it."""
