@@ -13,6 +13,7 @@ from drivetrain_interfaces import (
     StepHooks,
     SupportsManualStep,
     UnsupportedError,
+    UserCodeError,
 )
 from torch import Tensor, nn
 
@@ -271,7 +272,7 @@ def use_alone(module: nn.Module, device: torch.device) -> None:
     try:
         made = module(features.to(next(iter(module.parameters())).dtype))
         (made - targets).square().mean().backward()
-    except RuntimeError:
+    except (RuntimeError, UserCodeError):
         if not parts:
             raise
 

@@ -197,6 +197,14 @@ class EagerStrategy:
                     "Use another optimizer, or 'ddp'.",
                 )
 
+    def _refuse_sync_batchnorm(self) -> None:
+        if self.context.sync_batchnorm:
+            raise UnsupportedError(
+                "Batch statistics over all processes were asked of the strategy "
+                f"{self.name!r}, in which ranks share the work on one batch.",
+                "Set sync_batchnorm=False, or use group or layer normalization.",
+            )
+
     def _refuse_foreign(self, spec: StepSpec) -> None:
         known = {id(p) for p in spec.module.parameters()}
         for optimizer in spec.optimizers:

@@ -172,15 +172,9 @@ class PipelineStrategy(DividedStrategy):
         self._refuse_closures(spec)
         if spec.hooks.before_backward is not None:
             raise UnsupportedError(
-                f"A hook before backward was asked of the strategy {self.name!r}, in which "
+                f"The hook before_backward was asked of the strategy {self.name!r}, in which "
                 "backward of one part runs while others go forward.",
                 "Use another hook, or another strategy.",
-            )
-        if self.context.precision.policy.loss_scaling:
-            raise UnsupportedError(
-                f"Precision {self.context.precision.name!r} scales the loss, and the strategy "
-                f"{self.name!r} computes it in parts on one rank.",
-                "Use 'bf16-mixed' or '32-true'.",
             )
         if self._sequence is None:
             return super().train_step(spec)
@@ -250,6 +244,13 @@ class PipelineStrategy(DividedStrategy):
 
     def _check(self) -> None:
         super()._check()
+        if self.context.precision.policy.loss_scaling:
+            raise UnsupportedError(
+                f"Precision {self.context.precision.name!r} scales the loss, and the strategy "
+                f"{self.name!r} computes it in parts on one rank.",
+                "Use 'bf16-mixed' or '32-true'.",
+            )
+        self._refuse_sync_batchnorm()
         self._refuse_other_devices()
         options = self._options
         if options.schedule not in SCHEDULES:

@@ -149,6 +149,7 @@ class TensorParallelStrategy(DividedStrategy):
 
     def _check(self) -> None:
         super()._check()
+        self._refuse_sync_batchnorm()
         self._refuse_other_devices()
         if not self._options.plan:
             raise ConfigurationError(
