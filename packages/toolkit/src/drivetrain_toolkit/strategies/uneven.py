@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from drivetrain_toolkit.checks import needs_closure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-    from types import TracebackType
 
     from drivetrain_interfaces import Collectives, StepResult, StepSpec
     from typing_extensions import Self
@@ -69,20 +68,15 @@ class UnevenStep:
         self._join = Join(self._joined, divide_by_initial_world_size=False)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         join, self._join = self._join, None
         if join is None:
             return
         with warnings.catch_warnings():  # torch changes filters, for a warning of its own
-            join.__exit__(kind, error, trace)
+            join.__exit__(*cast("tuple[Any, Any, Any]", exc))
 
 
-class _Followers(Joinable):  # type: ignore[misc]  # torch's class has no types
+class _Followers(Joinable):
     """What ranks take over at the end besides parameters and buffers."""
 
     def __init__(
@@ -101,7 +95,8 @@ class _Followers(Joinable):  # type: ignore[misc]  # torch's class has no types
 
     @property
     def join_device(self) -> torch.device:
-        return self._wrapper.join_device
+        device: torch.device = self._wrapper.join_device
+        return device
 
     @property
     def join_process_group(self) -> Any:
