@@ -70,18 +70,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "large": 2,
     },
 }
-#: In which order: two ranks take most of the time, so they come half as often.
-ORDER = [
-    *(name for name in VARIANTS if "ranks" not in name),
-    *(name for name in VARIANTS if "ranks" not in name),
-    *(name for name in VARIANTS if "ranks" in name),
-]
 #: About how often each point is passed for one checkpoint.
 POINTS = {"step": 1, "stage": 1, "write": 3, "sync": 7, "commit": 2, "link": 1, "prune": 5}
 #: Passed besides by large states: each buffer of the file.
 LARGE_POINTS = {**POINTS, "piece": 8}
 #: Of each file of a large state, in numbers of four bytes: it is written past the page cache.
 LARGE = directfile.WORTH_IT // 4 + 1000
+#: Of these, what a rank other than 0 passes: always, and where each rank writes its part.
+STEPPING, WRITING = ("step", "stage"), ("write", "sync", "piece")
 #: What a life notes when it stops, of itself or because it is told to.
 ENDS = {"train_end", "fit_end"}
 PATIENCE = 100.0
@@ -294,6 +290,13 @@ class Run:
         self.points = LARGE_POINTS if "large" in VARIANTS[variant] else POINTS
         self.verified = 0
 
+    def points_of(self, rank: int) -> list[str]:
+        """The points that a rank passes."""
+        if rank == 0:
+            return list(self.points)
+        alone = VARIANTS[self.variant]["trainer"]["strategy"] == "ddp"
+        return [*STEPPING, *(each for each in WRITING if each in self.points and not alone)]
+
     def lives(self, rank: int = 0) -> list[list[str]]:
         """The events of each life that got as far as training."""
         path = self.folder / f"events-{rank}.jsonl"
@@ -398,12 +401,14 @@ class Driver:
 
     def _live_and_die(self, run: Run, may_die: bool) -> bool:
         """Whether this life got to the end of the training."""
-        point = self.random.choice([*run.points, "any time"]) if may_die else ""
+        rank = self.random.randrange(run.ranks)
+        points = [*run.points_of(rank), "any time"]
+        point = self.random.choice(points) if may_die else ""
         mark = run.folder / "dead"
         death, after, victim = None, None, 0
         if point in run.points:
-            rank = "" if run.ranks == 1 else str(self.random.randrange(run.ranks))
-            death = Death(point, self.random.randint(1, 4 * run.points[point]), rank, mark)
+            count = self.random.randint(1, 4 * run.points[point])
+            death = Death(point, count, "" if run.ranks == 1 else str(rank), mark)
         elif point:
             after = self.random.uniform(0.0, self.seconds[run.variant])
             victim = self.random.randrange(6)
@@ -447,7 +452,7 @@ def main() -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
         driver = Driver(Path(folder), options.seed)
-        driver.run(options.kills, options.variant or ORDER)
+        driver.run(options.kills, options.variant or list(VARIANTS))
         print(driver.summary(time.monotonic() - begin))
 
 
