@@ -59,6 +59,11 @@ CAPABILITIES: Mapping[str, Capabilities] = {
     "fsdp": _IN_ONE_PROCESS,
     "ddp": Capabilities(features=DDP_FEATURES - _NOT, precisions=PRECISIONS),
     "zero1": Capabilities(features=SHARDED_FEATURES - _NOT, precisions=PRECISIONS),
+    # Its collectives are XLA's own, and the runtime for CPUs knows one process. It holds float32.
+    "fsdp1": Capabilities(
+        features=SHARDED_FEATURES - _NOT - ({Feature.SEVERAL_PROCESSES} if _ON_CPU else set()),
+        precisions=frozenset({"32-true", "bf16-mixed"}),
+    ),
 }
 
 

@@ -60,6 +60,7 @@ class XlaBackend:
                 f"Use one of: {listed(CAPABILITIES)}.",
             )
         load_library()
+        from drivetrain_xla.fsdp1 import ShardedReplicaStrategy
         from drivetrain_xla.replicas import ReplicaStrategy
         from drivetrain_xla.spmd import SpmdShardedStrategy, SpmdStrategy
         from drivetrain_xla.strategies import XlaStrategy
@@ -67,7 +68,7 @@ class XlaBackend:
 
         kinds: tuple[type[XlaStrategy], ...] = (
             *(XlaStrategy, SpmdStrategy, SpmdShardedStrategy),
-            *(ReplicaStrategy, Zero1ReplicaStrategy),
+            *(ReplicaStrategy, Zero1ReplicaStrategy, ShardedReplicaStrategy),
         )
         return next(kind for kind in kinds if kind.name == name)()(context)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 import torch_xla
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     )
     from torch import nn
     from typing_extensions import Self
+
+#: Where a module keeps what a strategy divided of it.
+PARTS: Final = "_drivetrain_xla_parts"
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,11 @@ class XlaStrategy(SingleDeviceStrategy):
             raise ConfigurationError(
                 f"max_graphs={self._options.max_graphs!r} was asked for.", "Give 1 or more."
             )
+
+    def _make_whole(self, module: nn.Module) -> None:
+        super()._make_whole(module)
+        if parts := vars(module).pop(PARTS, None):
+            parts.undo()
 
     def _take(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         _refuse_fused(optimizers)
