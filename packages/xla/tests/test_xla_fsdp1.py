@@ -34,6 +34,19 @@ class Tied(nn.Module):
         return self.head(self.last(self.first(x).tanh()))
 
 
+class Divided(ShardedReplicaStrategy):
+    """Divides in a world of one too, with all that torch_xla's FSDP does."""
+
+    _least = 1
+
+
+def bind(lab, name="fsdp1", precision="32-true"):
+    if name != "fsdp1":
+        return lab.bind(name, precision)
+    lab.bound.append(Divided()(lab.context(precision)))
+    return lab.bound[-1]
+
+
 def equal(found, wanted):
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
@@ -47,7 +60,7 @@ def test_training_is_that_of_one_device(lab, by_hand, model):
     reference = lab.model() if model is None else model()
     reference.load_state_dict(module.state_dict())
     batches = lab.batches(6)
-    strategy = lab.bind("fsdp1")
+    strategy = bind(lab, "fsdp1")
     losses, trained = lab.train(strategy, batches, model=module)
     wanted, reference = by_hand(reference, batches)
     assert losses == pytest.approx(wanted, abs=1e-5)
@@ -65,7 +78,7 @@ def test_windows_and_clipping_are_those_of_one_device(lab):
     batches = lab.batches(6)
     states = []
     for name in ("fsdp1", "single_device"):
-        strategy = lab.bind(name)
+        strategy = bind(lab, name)
         _, _, step = lab.build(strategy, accumulate=3, clip=Clip(0.1))
         fed = [strategy.feed(batch) for batch in batches]
         with step:
@@ -77,12 +90,12 @@ def test_windows_and_clipping_are_those_of_one_device(lab):
 
 def test_autocast_is_close(lab, by_hand):
     batches = lab.batches(6)
-    losses, _ = lab.train(lab.bind("fsdp1", "bf16-mixed"), batches)
+    losses, _ = lab.train(bind(lab, "fsdp1", "bf16-mixed"), batches)
     assert losses == pytest.approx(by_hand(lab.model(), batches)[0], abs=3e-2)
 
 
 def test_a_step_is_one_sync_and_reads_nothing(lab):
-    strategy = lab.bind("fsdp1")
+    strategy = bind(lab, "fsdp1")
     _, _, step = lab.build(strategy)
     batches = [strategy.feed(batch) for batch in lab.batches(8)]
     with step:
@@ -96,7 +109,7 @@ def test_a_step_is_one_sync_and_reads_nothing(lab):
 
 
 def test_evaluation_between_steps_sees_the_whole_module(lab, by_hand):
-    strategy = lab.bind("fsdp1")
+    strategy = bind(lab, "fsdp1")
     module, _, step = lab.build(strategy)
     batches = [strategy.feed(batch) for batch in lab.batches(4)]
     wanted, _ = by_hand(lab.model(), lab.batches(4))
@@ -112,16 +125,16 @@ def test_evaluation_between_steps_sees_the_whole_module(lab, by_hand):
 @pytest.mark.parametrize("other", ["single_device", "zero1"])
 def test_a_state_goes_on_elsewhere_and_comes_back(lab, other):
     batches = lab.batches(6)
-    strategy = lab.bind("fsdp1")
+    strategy = bind(lab, "fsdp1")
     _, _, step = lab.build(strategy)
     with step:
         for batch in batches[:3]:
             step([strategy.feed(batch)])
     state = strategy.state()
-    again = lab.bind(other)
+    again = bind(lab, other)
     _, _, step = lab.build(again, model=lab.model(5))
     again.load(state)
-    back = lab.bind("fsdp1")
+    back = bind(lab, "fsdp1")
     _, _, last = lab.build(back, model=lab.model(7))
     back.load(again.state())
     final = back.state()
@@ -139,11 +152,11 @@ def test_a_state_goes_on_elsewhere_and_comes_back(lab, other):
 def test_a_module_is_prepared_again(lab):
     batches = lab.batches(4)
     module = lab.model()
-    lab.train(lab.bind("fsdp1"), batches[:2], model=module)
-    losses, _ = lab.train(lab.bind("single_device"), batches[2:], model=module)
+    lab.train(bind(lab, "fsdp1"), batches[:2], model=module)
+    losses, _ = lab.train(bind(lab, "single_device"), batches[2:], model=module)
     other = lab.model()
-    lab.train(lab.bind("single_device"), batches[:2], model=other)
-    wanted, _ = lab.train(lab.bind("fsdp1"), batches[2:], model=other)
+    lab.train(bind(lab, "single_device"), batches[:2], model=other)
+    wanted, _ = lab.train(bind(lab, "fsdp1"), batches[2:], model=other)
     assert losses == pytest.approx(wanted, abs=1e-6)
 
 
@@ -154,7 +167,7 @@ def test_parts_make_up_the_whole(size):
     covered = {name: torch.zeros_like(value) for name, value in whole.items()}
     for rank in range(size):
         parts = object.__new__(Parts)
-        parts._rank, parts.root = rank, SimpleNamespace(world_size=size)
+        parts.rank, parts.root = rank, SimpleNamespace(world_size=size)
         parts._shapes = {"a": (5, 6), "b": (2,)}
         for name, value in whole.items():
             mine = parts.part(name, value)
@@ -171,6 +184,16 @@ def test_parts_make_up_the_whole(size):
     assert torch.equal(covered["b"], whole["b"])
 
 
+def test_alone_nothing_is_divided(lab, by_hand):
+    batches = lab.batches(3)
+    strategy = lab.bind("fsdp1")
+    losses, module = lab.train(strategy, batches)
+    assert losses == pytest.approx(by_hand(lab.model(), batches)[0], abs=1e-5)
+    state = strategy.state()
+    strategy.load(state)
+    equal(module.state_dict(), state.module)
+
+
 def test_processes_that_the_runtime_does_not_know_are_refused(lab):
     world = World(0, 2, 0, 2, address="127.0.0.1", port=1)
     with pytest.raises(UnsupportedError, match=r"2 processes which XLA's runtime does not know"):
@@ -178,7 +201,9 @@ def test_processes_that_the_runtime_does_not_know_are_refused(lab):
 
 
 def test_what_it_does_not_take_is_refused(lab):
-    strategy = lab.bind("fsdp1")
+    with pytest.raises(UnsupportedError, match="'bf16-true', and it holds float32"):
+        lab.bind("fsdp1", "bf16-true")
+    strategy = bind(lab, "fsdp1")
     with pytest.raises(UnsupportedError, match=r"weight: float64 of shape \(2, 4\)"):
         strategy.prepare(nn.Linear(4, 2).double())
     lone = nn.Module()
@@ -194,7 +219,7 @@ def test_what_it_does_not_take_is_refused(lab):
 
 
 def test_a_checkpoint_of_other_shapes_is_refused(lab):
-    strategy = lab.bind("fsdp1")
+    strategy = bind(lab, "fsdp1")
     lab.build(strategy)
     state = strategy.state()
     wrong = {**state.module, "0.bias": torch.zeros(9)}

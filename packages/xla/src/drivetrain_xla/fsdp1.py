@@ -16,6 +16,7 @@ import torch
 import torch_xla
 import torch_xla.core.xla_model as xm
 from drivetrain_interfaces import CheckpointError, ModelState, Shard, StoredTensor, UnsupportedError
+from drivetrain_interfaces.errors import listed
 from drivetrain_toolkit.clipping import gradients
 from drivetrain_toolkit.state import (
     gather_module,
@@ -26,7 +27,7 @@ from drivetrain_toolkit.state import (
 from torch import Tensor, nn
 from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel
 
-from drivetrain_xla import CAPABILITIES
+from drivetrain_xla import CAPABILITIES, PRECISIONS
 from drivetrain_xla.replicas import ReplicaStrategy
 from drivetrain_xla.steps import XlaEvalStep, XlaTrainStep
 from drivetrain_xla.strategies import PARTS
@@ -52,7 +53,8 @@ class ShardedReplicaStrategy(ReplicaStrategy):
     """One of several processes, each with a part of every parameter.
 
     A step gathers the parameters once, all together, and leaves each process its part of the
-    gradients. Ranks must be known to XLA's runtime, as on TPUs.
+    gradients. Ranks must be known to XLA's runtime, as on TPUs. In a world of one nothing is
+    divided.
 
     Args:
         compile_step: As in ``ReplicaStrategy``.
@@ -62,15 +64,25 @@ class ShardedReplicaStrategy(ReplicaStrategy):
     name = "fsdp1"
     capabilities: ClassVar = CAPABILITIES["fsdp1"]
 
+    #: Ranks from which on there is something to divide.
+    _least: ClassVar[int] = 2
     _parts: Parts | None = None
+    _order: list[int]
 
     def __call__(self, context: StrategyContext) -> Self:
         """A bound copy. Opens the runtime.
 
         Raises:
-            UnsupportedError: XLA's runtime does not know the other processes.
+            UnsupportedError: XLA's runtime does not know the other processes, or the precision is
+                one that it does not declare.
             UnavailableError: The runtime does not open.
         """
+        if context.precision.name in PRECISIONS - self.capabilities.precisions:
+            raise UnsupportedError(
+                f"The strategy {self.name!r} was asked for with precision "
+                f"{context.precision.name!r}, and it holds float32.",
+                f"Use one of: {listed(self.capabilities.precisions)}.",
+            )
         strategy = super().__call__(context)
         if context.world.size > 1 and not strategy._in_graph:  # noqa: SLF001 - our own copy
             raise UnsupportedError(
@@ -88,10 +100,15 @@ class ShardedReplicaStrategy(ReplicaStrategy):
             UnsupportedError: A parameter or buffer is not float32, or a parameter is one number.
         """
         self._make_whole(module)
+        if self.context.world.size < self._least:
+            return super().prepare(module)
         _refuse_kinds(module)
         module = super().prepare(module)
         _renew(module)
-        self._parts = vars(module)[PARTS] = Parts(module, self.context.world.rank)
+        self._parts = vars(module)[PARTS] = Parts(module)
+        # Ranks of XLA's runtime need not be those of the hosts.
+        told = self.context.collectives.all_gather(torch.tensor([self._parts.rank]))
+        self._order = sorted(range(len(told)), key=lambda rank: int(told[rank]))
         return module
 
     def train_step(self, spec: StepSpec) -> TrainStep:
@@ -102,9 +119,10 @@ class ShardedReplicaStrategy(ReplicaStrategy):
             UnsupportedError: An optimizer is fused, or needs a closure.
         """
         self._refuse_closures(spec)
+        if self._parts is None:
+            return super().train_step(spec)
         self._refuse_foreign(spec)
         self._take(spec.optimizers)
-        assert self._parts is not None
         context, options = self.context, self._options
         return XlaTrainStep(
             replace(spec, loss=partial(_through, self._parts.root, spec.loss)),
@@ -117,8 +135,9 @@ class ShardedReplicaStrategy(ReplicaStrategy):
 
     def eval_step(self, spec: EvalSpec) -> EvalStep:
         """Build an evaluation step. Entering it gathers all parameters, so all ranks enter it."""
-        super().eval_step(spec)
-        assert self._parts is not None
+        step = super().eval_step(spec)
+        if self._parts is None:
+            return step
         return _WholeEvalStep(spec, self.context.precision, self._parts)
 
     def manual_step(self, spec: ManualSpec) -> ManualStep:
@@ -128,13 +147,16 @@ class ShardedReplicaStrategy(ReplicaStrategy):
 
     def state(self) -> ModelState:
         """The whole state on rank 0; the others help, and return an empty one."""
+        if self._parts is None:
+            return super().state()
         collectives, main = self.context.collectives, self.context.world.is_main
 
         def whole(shard: Shard) -> Tensor:
             rows = -(-shard.shape[0] // self.context.world.size)
             padded = torch.zeros((rows, *shard.shape[1:]), dtype=shard.data.dtype)
             padded[: shard.data.shape[0]] = shard.data
-            return torch.cat(list(collectives.all_gather(padded)))[: shard.shape[0]]
+            found = collectives.all_gather(padded)
+            return torch.cat([found[rank] for rank in self._order])[: shard.shape[0]]
 
         state = self.sharded_state()
         if self.context.world.size == 1:
@@ -145,7 +167,8 @@ class ShardedReplicaStrategy(ReplicaStrategy):
     def sharded_state(self) -> ModelState:
         """What this rank holds, as copies on the host; nothing is sent."""
         module, parts = self._prepared(), self._parts
-        assert parts is not None
+        if parts is None:
+            return super().state()
         parts.scatter()
         torch_xla.sync()
         state = ModelState(
@@ -166,7 +189,9 @@ class ShardedReplicaStrategy(ReplicaStrategy):
             CheckpointError: Something does not fit; names what.
         """
         module, parts = self._prepared(), self._parts
-        assert parts is not None
+        if parts is None:
+            super().load(state, strict=strict)
+            return
         parts.scatter()
         parts.check(state.module)
         mine = _mapped(state, parts.part)
@@ -191,14 +216,16 @@ class Parts:
 
     Args:
         module: On its device; changed in place.
-        rank: This process.
+
+    Attributes:
+        rank: This process, as XLA's runtime counts.
     """
 
-    def __init__(self, module: nn.Module, rank: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self.root = XlaFullyShardedDataParallel(
             _Root(module), shard_param_on_dim_0=True, _use_xla_patched_linear=False
         )
-        self._rank = rank
+        self.rank = int(self.root.rank)
         self._owners = [
             (owner, name, part)
             for (_, owner, name), part in zip(
@@ -228,12 +255,13 @@ class Parts:
     def undo(self) -> None:
         """Give the module whole parameters again, new ones. Every rank calls it."""
         self.scatter()
-        self.gather()
         made: dict[int, nn.Parameter] = {}
         for owner, name, part in self._owners:
-            whole = vars(owner).pop(name)
+            del vars(owner)[name]
             if id(part) not in made:
-                made[id(part)] = nn.Parameter(whole.detach().clone(), part.requires_grad)
+                rows = part._orig_size[0]  # noqa: SLF001
+                whole = xm.all_gather(part.detach())[:rows].clone()
+                made[id(part)] = nn.Parameter(whole, part.requires_grad)
             owner._parameters[name] = made[id(part)]  # noqa: SLF001
         torch_xla.sync()
 
@@ -296,7 +324,7 @@ class Parts:
         """The whole shape of a parameter, and which of its rows are here."""
         shape = self._shapes[name]
         chunk = self._padded(shape)
-        start = min(self._rank * chunk, shape[0])
+        start = min(self.rank * chunk, shape[0])
         return shape, start, min(chunk, shape[0] - start)
 
     def _padded(self, shape: tuple[int, ...]) -> int:
