@@ -16,22 +16,23 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-#: Each library, and how the names of its functions begin where they carry no version.
+#: Each library without its version, and how the names of its functions begin where they carry none.
 LIBRARIES = {
-    "libcublas.so.12": "cublas",
-    "libcublasLt.so.12": "cublasLt",
-    "libcudart.so.12": "cuda",
-    "libcudnn.so.9": "cudnn",
-    "libcufft.so.11": "cufft",
-    "libcufile.so.0": "cuFile",
-    "libcupti.so.12": "cupti",
-    "libcurand.so.10": "curand",
-    "libcusolver.so.11": "cusolver",
-    "libcusparse.so.12": "cusparse",
-    "libcusparseLt.so.0": "cusparseLt",
-    "libnccl.so.2": "nccl",
-    "libnvrtc.so.12": "nvrtc",
-    "libnvshmem_host.so.3": "nvshmem",
+    "libcublas": "cublas",
+    "libcublasLt": "cublasLt",
+    "libcudart": "cuda",
+    "libcudnn": "cudnn",
+    "libcufft": "cufft",
+    "libcufile": "cuFile",
+    "libcupti": "cupti",
+    "libcurand": "curand",
+    "libcusolver": "cusolver",
+    "libcusparse": "cusparse",
+    "libcusparseLt": "cusparseLt",
+    "libnccl": "nccl",
+    "libnvToolsExt": "nvtx",
+    "libnvrtc": "nvrtc",
+    "libnvshmem_host": "nvshmem",
 }
 NO_DEVICE = 100  # cudaErrorNoDevice
 
@@ -88,10 +89,10 @@ def main() -> None:
     site = Path(sysconfig.get_paths()["purelib"])
     folder = site / "torch/lib"
     needed, lacking, defined = symbols(folder)
-    made = sorted(needed & set(LIBRARIES))
+    made = sorted(name for name in needed if name.partition(".so")[0] in LIBRARIES)
     for library in made:
         version = library if library in lacking else "NVSHMEM" if "nvshmem" in library else ""
-        prefix = LIBRARIES[library]
+        prefix = LIBRARIES[library.partition(".so")[0]]
         missing = sorted(lacking.get(version, set()) - defined)
         names = [name for name in missing if version or name.startswith(prefix)]
         build(folder, library, version, names)

@@ -11,7 +11,7 @@ from poptorch import optim as optimizers
 from poptorch.errors import Error
 from poptorch.options import checked
 from poptorch.rules import holds
-from poptorch.tracing import Program, returned, shallow
+from poptorch.tracing import Program, kernels, returned, shallow
 from poptorch.wrapping import plain, unwrap, wrap
 
 
@@ -271,7 +271,8 @@ class PoplarExecutor:
         host = torch.get_rng_state()
         torch.set_rng_state(self._generator)
         try:
-            found = self._run([v for v in leaves if isinstance(v, torch.Tensor)])
+            with kernels():
+                found = self._run([v for v in leaves if isinstance(v, torch.Tensor)])
         finally:
             self._generator = torch.get_rng_state()
             torch.set_rng_state(host)

@@ -218,7 +218,8 @@ class OnDevice:
                 value = self.inner.state.get(parameter, {}).get(key)
                 if value is None:  # the device has its state from the beginning
                     value = torch.tensor(0.0) if key == "step" else torch.zeros_like(parameter)
-                state[f"{prefix}___{name}"] = value.detach().clone()
+                # Some optimizers of older torch count in Python.
+                state[f"{prefix}___{name}"] = torch.as_tensor(value).detach().clone()
         rates = {
             f"learningRate___specific___{n}": torch.tensor(self.inner.param_groups[0]["lr"])
             for n in self._names

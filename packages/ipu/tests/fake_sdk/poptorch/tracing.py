@@ -1,11 +1,13 @@
 """Tracing a module into a graph of operations that can be replayed, and finding its loss."""
 
+import contextlib
 import copy
 import warnings
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from poptorch import blocks
 from poptorch.errors import Error
@@ -105,7 +107,8 @@ class Program:
         try:
             with warnings.catch_warnings(), torch.set_grad_enabled(training), _Functions():
                 warnings.simplefilter("ignore")
-                self.graph = make_fx(forward)(samples, inputs)
+                with kernels():
+                    self.graph = make_fx(forward)(samples, inputs)
         except RuntimeError as error:
             if "tracing tensor" not in str(error):
                 raise
@@ -184,6 +187,30 @@ class _Functions(torch.overrides.TorchFunctionMode):
 
 def _half(value):
     return isinstance(value, torch.Tensor) and value.dtype is torch.float16
+
+
+def kernels():
+    """Where operations run: with those in float16 that a CPU lacks in older torch."""
+    lacks = torch.__version__.startswith(("2.0.", "2.1."))
+    return _HalfKernels() if lacks else contextlib.nullcontext()
+
+
+class _HalfKernels(TorchDispatchMode):
+    """Computes in float32 what cannot be computed in float16, and rounds what comes of it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        try:
+            return func(*args, **(kwargs or {}))
+        except RuntimeError as error:
+            if "not implemented for 'Half'" not in str(error):
+                raise
+        args, kwargs = pytree.tree_map(
+            lambda v: v.float() if _half(v) else v, (tuple(args), kwargs or {})
+        )
+        return pytree.tree_map(
+            lambda v: v.half() if isinstance(v, torch.Tensor) and v.is_floating_point() else v,
+            func(*args, **kwargs),
+        )
 
 
 class _Swapped:
