@@ -30,6 +30,15 @@ MEANINGS = {
 }
 
 
+def autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for a type of device; torch before 2.4 is asked in other words."""
+    try:
+        return torch.is_autocast_enabled(kind)
+    except TypeError:
+        older = torch.is_autocast_cpu_enabled if kind == "cpu" else torch.is_autocast_enabled
+        return bool(older())
+
+
 def test_a_policy_says_what_the_name_means(backend: Backend, declared_precision: str) -> None:
     """An engine applies the policy itself.
 
@@ -185,7 +194,7 @@ def test_contexts_nest_and_leave_no_trace(
     kind = spec.facts.autocast_type
 
     def surroundings() -> tuple[bool, torch.dtype]:
-        return torch.is_autocast_enabled(kind), torch.get_default_dtype()
+        return autocast_enabled(kind), torch.get_default_dtype()
 
     before = surroundings()
     with precision.forward():
@@ -230,7 +239,7 @@ class NotingBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         """The gradient as it is, and a note."""
-        ctx.seen.append(torch.is_autocast_enabled(ctx.kind))
+        ctx.seen.append(autocast_enabled(ctx.kind))
         return grad, None, None
 
 
