@@ -480,6 +480,10 @@ def meet(rank: Any, port: Any, answers: Any) -> Any:
             found.broadcast(mine, 1).tolist(),
             found.broadcast_object({"of": rank}),
             refused,
+            [
+                found.all_reduce(torch.tensor([rank], dtype=kind), ReduceOp.MAX).dtype is kind
+                for kind in (torch.bool, torch.bfloat16, torch.int16)
+            ],
         )
     )
     found.barrier()
@@ -495,7 +499,7 @@ def test_hosts_communicate_without_the_toolkit() -> None:
     found = sorted(answers.get(timeout=60) for _ in ranks)
     for each in ranks:
         each.join(60)
-    wanted = ([3.0, 5.0], [1.5, 2.5], [[], [[2]]], [2.0, 3.0], {"of": 0}, True)
+    wanted = ([3.0, 5.0], [1.5, 2.5], [[], [[2]]], [2.0, 3.0], {"of": 0}, True, [True] * 3)
     assert [answer[1:] for answer in found] == [wanted, wanted]
 
 
@@ -531,6 +535,21 @@ def test_checkpoints_come_back_without_the_toolkit(tmp_path: Any) -> None:
     assert not io.exists(path)
 
 
+def test_a_tensor_that_is_there_twice_is_one_without_the_toolkit(tmp_path: Any) -> None:
+    shared, other = torch.ones(3), torch.ones(3)
+    io, path = HostCheckpointIO(), str(tmp_path / "c.ckpt")
+    io.save({"a": shared, "b": [shared], "c": other}, path)
+    back = io.load(path)
+    assert back["a"] is back["b"][0]
+    assert back["a"] is not back["c"]
+
+
+def test_drafts_of_killed_processes_go_with_the_next_save(tmp_path: Any) -> None:
+    (tmp_path / ".c.ckpt.12345678.draft").write_text("half")
+    HostCheckpointIO().save({"a": 1}, str(tmp_path / "c.ckpt"))
+    assert os.listdir(tmp_path) == ["c.ckpt"]
+
+
 def test_damaged_and_foreign_files_are_refused_without_the_toolkit(tmp_path: Any) -> None:
     io, path = HostCheckpointIO(), tmp_path / "c.ckpt"
     io.save({"a": torch.arange(9.0)}, str(path))
@@ -552,6 +571,16 @@ def test_damaged_and_foreign_files_are_refused_without_the_toolkit(tmp_path: Any
         io.load(str(tmp_path / "absent"))
     with pytest.raises(CheckpointError, match="/deep/0"):
         io.save({"deep": [object()]}, str(tmp_path / "d"))
+    circle: list[Any] = []
+    circle.append(circle)
+    with pytest.raises(CheckpointError, match="/circle/0"):
+        io.save({"circle": circle}, str(tmp_path / "d"))
+    with pytest.raises(CheckpointError, match="on meta"):
+        io.save({"none": torch.ones(2, device="meta")}, str(tmp_path / "d"))
+    path.write_bytes(good)
+    (tmp_path / "link").symlink_to(path)
+    with pytest.raises(CheckpointError, match="is a link"):
+        io.load(str(tmp_path / "link"))
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError):
         io.save({}, str(tmp_path / "file" / "d"))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+from glob import escape
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _MAGIC = b"DRIVETRAIN-IPU-1\n"
 _LENGTH, _HASH = 8, 32
+_DEEPEST = 200
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -64,7 +66,7 @@ class HostCheckpointIO:
         """
         target = Path(path)
         tensors: list[Tensor] = []
-        header = json.dumps(_encoded(tree, tensors, "")).encode("utf-8")
+        header = json.dumps(_encoded(tree, tensors, "", ())).encode("utf-8")
         draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.draft")
         try:
             if target.exists() and not self.exists(path):
@@ -77,7 +79,9 @@ class HostCheckpointIO:
                 draft.replace(target)
                 _to_disk(target.parent)
             finally:
-                draft.unlink(missing_ok=True)
+                # Those of processes that were killed too: one process saves at a time.
+                for left in target.parent.glob(f".{escape(target.name)}.*.draft"):
+                    left.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(
                 f"{path} could not be written: {error.strerror or error}.",
@@ -86,6 +90,10 @@ class HostCheckpointIO:
 
     def load(self, path: str) -> dict[str, Any]:
         """Read it back, tensors on the host. Raises ``CheckpointError`` if it is not whole."""
+        if Path(path).is_symlink():
+            raise CheckpointError(
+                f"{path} is a link, which could lead anywhere.", "Name the checkpoint itself."
+            )
         try:
             raw = Path(path).read_bytes()
         except FileNotFoundError as error:
@@ -103,7 +111,7 @@ class HostCheckpointIO:
             )
         size = int.from_bytes(body[:_LENGTH], "little")
         header = json.loads(body[_LENGTH : _LENGTH + size])
-        return dict(_decoded(header, memoryview(body)[_LENGTH + size :]))
+        return dict(_decoded(header, memoryview(body)[_LENGTH + size :], {}))
 
     def exists(self, path: str) -> bool:
         """Whether a checkpoint is there."""
@@ -146,27 +154,24 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
-def _encoded(value: Any, tensors: list[Tensor], place: str) -> Any:
+def _encoded(value: Any, tensors: list[Tensor], place: str, within: tuple[int, ...]) -> Any:
     """A value as JSON, each container tagged, tensors by dtype, shape and where their bytes are."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Tensor):
-        name = str(value.dtype).removeprefix("torch.")
-        if name not in _DTYPES or value.layout is not torch.strided:
-            raise CheckpointError(
-                f"The tensor at {place or '/'!r} is {value.dtype}, {value.layout}, which has no "
-                "plain bytes here.",
-                "Convert it before it is saved.",
-            )
-        start = sum(t.numel() * t.element_size() for t in tensors)
-        tensors.append(value)
-        return {"tensor": [name, list(value.shape), start]}
+        return _placed(value, tensors, place)
+    if id(value) in within or len(within) > _DEEPEST:
+        raise CheckpointError(
+            f"The value at {place!r} holds itself, or is in more than {_DEEPEST} others.",
+            "Save a tree of plain values and tensors.",
+        )
+    within = (*within, id(value))
     if isinstance(value, (list, tuple)):
-        items = [_encoded(item, tensors, f"{place}/{n}") for n, item in enumerate(value)]
+        items = [_encoded(item, tensors, f"{place}/{n}", within) for n, item in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": items}
     if hasattr(value, "items"):
         pairs = [
-            [_encoded(k, tensors, place), _encoded(v, tensors, f"{place}/{k}")]
+            [_encoded(k, tensors, place, within), _encoded(v, tensors, f"{place}/{k}", within)]
             for k, v in value.items()
         ]
         return {"dict": pairs}
@@ -177,18 +182,39 @@ def _encoded(value: Any, tensors: list[Tensor], place: str) -> Any:
     )
 
 
-def _decoded(value: Any, raw: memoryview) -> Any:
+def _placed(value: Tensor, tensors: list[Tensor], place: str) -> dict[str, Any]:
+    """Where the bytes of a tensor are; one that is there twice has one place."""
+    name = str(value.dtype).removeprefix("torch.")
+    if name not in _DTYPES or value.layout is not torch.strided or value.is_meta:
+        raise CheckpointError(
+            f"The tensor at {place or '/'!r} is {value.dtype}, {value.layout}, on {value.device}, "
+            "which has no plain bytes here.",
+            "Convert it before it is saved.",
+        )
+    start = 0
+    for known in tensors:
+        if known is value:
+            break
+        start += known.numel() * known.element_size()
+    else:
+        tensors.append(value)
+    return {"tensor": [name, list(value.shape), start]}
+
+
+def _decoded(value: Any, raw: memoryview, made: dict[Any, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     ((kind, inner),) = value.items()
     if kind == "dict":
-        return {_decoded(k, raw): _decoded(v, raw) for k, v in inner}
+        return {_decoded(k, raw, made): _decoded(v, raw, made) for k, v in inner}
     if kind == "tensor":
         name, shape, start = inner
-        dtype = _DTYPES[name]
         count = int(np.prod(shape, dtype=np.int64))
-        kinds = np.dtype(name if name != "bool" else "?")
-        made = np.frombuffer(raw, kinds, count, start).copy()
-        return torch.from_numpy(made).to(dtype).reshape(tuple(shape))
-    items = [_decoded(item, raw) for item in inner]
+        key = (name, tuple(shape), start)
+        if key not in made or not count:
+            kinds = np.dtype(name if name != "bool" else "?")
+            found = torch.from_numpy(np.frombuffer(raw, kinds, count, start).copy())
+            made[key] = found.to(_DTYPES[name]).reshape(tuple(shape))
+        return made[key]
+    items = [_decoded(item, raw, made) for item in inner]
     return tuple(items) if kind == "tuple" else items

@@ -49,6 +49,10 @@ def make_collectives(world: World) -> Collectives:
     return LocalCollectives() if world.size == 1 else TorchCollectives(world, "gloo")
 
 
+#: What gloo of torch 2.0 does not know travels as a type that holds all of its values.
+_CARRIERS = {torch.bfloat16: torch.float32, torch.bool: torch.uint8, torch.int16: torch.int32}
+
+
 class HostCollectives:
     """Communication over gloo, in torch's default process group; the identity for one process.
 
@@ -100,9 +104,10 @@ class HostCollectives:
             )
         if self._world.size == 1:
             return tensor
-        made = tensor.detach().contiguous().clone()
+        made = _carried(tensor)
         self._do(lambda: dist.all_reduce(made, _OPS[op]))
-        return made / self._world.size if op is ReduceOp.MEAN else made
+        made = made / self._world.size if op is ReduceOp.MEAN else made
+        return made.to(tensor.dtype)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """One tensor per rank. Raises ``DataError`` on every rank if they do not fit together."""
@@ -118,12 +123,13 @@ class HostCollectives:
             )
         most = max(shape[0] if shape else 1 for shape, _ in found)
         rows = tensor.detach().reshape(-1, *tensor.shape[1:]) if tensor.dim() else tensor.reshape(1)
-        padded = torch.zeros((most, *rows.shape[1:]), dtype=tensor.dtype)
+        rows = _carried(rows)
+        padded = torch.zeros((most, *rows.shape[1:]), dtype=rows.dtype)
         padded[: rows.shape[0]] = rows
         parts = [torch.empty_like(padded) for _ in found]
         self._do(lambda: dist.all_gather(parts, padded))
         return [
-            part[: shape[0]] if shape else part[0]
+            (part[: shape[0]] if shape else part[0]).to(tensor.dtype)
             for part, (shape, _) in zip(parts, found, strict=True)
         ]
 
@@ -132,9 +138,9 @@ class HostCollectives:
         self._check(source)
         if self._world.size == 1:
             return tensor
-        made = tensor.detach().contiguous().clone()
+        made = _carried(tensor)
         self._do(lambda: dist.broadcast(made, source))
-        return made
+        return made.to(tensor.dtype)
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """The object of rank ``source``. Raises ``UnsupportedError`` if it does not pickle."""
@@ -184,3 +190,8 @@ class HostCollectives:
                 f"all ranks: {error}.",
                 "Look for the first error of another rank.",
             ) from error
+
+
+def _carried(tensor: Tensor) -> Tensor:
+    """A copy of a tensor in a type that can travel."""
+    return tensor.detach().to(_CARRIERS.get(tensor.dtype, tensor.dtype)).contiguous().clone()
