@@ -451,6 +451,44 @@ def ipu_rules(session: nox.Session) -> None:
     session.run(shared_python(session), runner, *session.posargs, external=True)
 
 
+@nox.session(default=False, python="3.10")
+def torch_2_0(session: nox.Session) -> None:
+    """Test the trainer's core and the package for IPUs on the torch that PopTorch works with.
+
+    That is torch 2.0.1 on Python 3.10, with libraries that stand in for CUDA's. Words after ``--``
+    are for the run of the kit, as ``--drivetrain-level=1``.
+    """
+    home, script = ROOT / FOLDER / "ipu/tests", "ci/cuda_stubs.py"
+    pins = {"torch": "torch==2.0.1", "numpy": "numpy==1.26.4"}
+    lines = (ROOT / CONSTRAINTS[1]).read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.partition("==")[0] not in pins]
+    folder = Path(session.create_tmp()).resolve()
+    constraints = folder / "constraints.txt"
+    constraints.write_text("\n".join([*lines, *pins.values(), ""]), encoding="utf-8")
+    session.install("-q", "--no-deps", pins["torch"])
+    session.run("python", script)
+    local = editable(["interfaces", "trainer", "ipu", "conformance"])
+    session.install("-q", "-c", str(constraints), *TEST_TOOLS, "numpy", *local)
+    session.run("python", "-m", "pip", "check")
+    # What these two test comes with the toolkit and the backend for CPUs, which need torch 2.6.
+    others = [f"--ignore={FOLDER}/trainer/tests/test_{name}.py" for name in ("cli", "plugins")]
+    tested = [f"{FOLDER}/{name}/tests" for name in ("interfaces", "trainer", "ipu")]
+    # A loader of that torch leaves the pipes of its workers to the garbage collector.
+    quiet = ("-W", "ignore::pytest.PytestUnraisableExceptionWarning")
+    env = {"OMP_NUM_THREADS": "1"}
+    session.run("python", "-m", "pytest", *tested, *others, *quiet, env=env)
+    known = folder / "conformance.toml"
+    texts = [home / name for name in ("conformance.toml", "conformance_torch_2_0.toml")]
+    known.write_text("\n".join(text.read_text(encoding="utf-8") for text in texts), "utf-8")
+    (run,) = PROJECTS["ipu"]["tool"]["drivetrain"]["kit"]
+    env |= {key: value.replace("{home}", str(home)) for key, value in run["env"].items()}
+    session.chdir(folder)
+    session.run(
+        "python", "-m", "pytest", "--pyargs", "drivetrain_conformance.suite",
+        "--drivetrain-backend=ipu", f"--drivetrain-xfails={known}", *session.posargs, env=env,
+    )  # fmt: skip
+
+
 @nox.session(venv_backend="none", default=False)
 def hpu_mutants(session: nox.Session) -> None:
     """Break each rule of the fake Gaudi software, and see a test fail: ``-- NAME`` for one."""
