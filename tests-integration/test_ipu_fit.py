@@ -121,26 +121,61 @@ for kind in (Hook, Manual, Two, Reads):
     assert "batch_idx" in told["Reads"]
 
 
-def test_instances_of_poprun_train_one_model(tmp_path):
-    """Two real processes with the variables that ``poprun`` sets against one."""
+#: What the vendor's program does of its arguments: instances, each with its place in variables.
+POPRUN = """#!{python}
+import os, subprocess, sys
+words = iter(sys.argv[1:])
+told = {{}}
+for word in words:
+    if not word.startswith("--"):
+        break
+    name, _, value = word.partition("=")
+    told[name] = int(value)
+instances, total = told["--num-instances"], told["--num-replicas"]
+local = total // instances
+usual = {{"POPDIST_NUM_TOTAL_REPLICAS": total, "POPDIST_NUM_LOCAL_REPLICAS": local,
+         "POPDIST_NUM_IPUS_PER_REPLICA": told["--ipus-per-replica"],
+         "OMPI_COMM_WORLD_SIZE": instances, "OMPI_COMM_WORLD_LOCAL_SIZE": instances,
+         "PMIX_NAMESPACE": "{namespace}"}}
+started = []
+for k in range(instances):
+    place = {{"POPDIST_REPLICA_INDEX_OFFSET": k * local, "POPDIST_LOCAL_INSTANCE_INDEX": k,
+             "OMPI_COMM_WORLD_RANK": k, "OMPI_COMM_WORLD_LOCAL_RANK": k}}
+    env = {{**os.environ, **{{n: str(v) for n, v in {{**usual, **place}}.items()}}}}
+    started.append(subprocess.Popen([word, *list(words)] if k == 0 else started[0].args, env=env))
+raise SystemExit(max(each.wait(100) for each in started))
+"""
+STARTER = """
+import sys
+from drivetrain_interfaces import LaunchRequest
+from drivetrain_ipu.launcher import PoprunLauncher
+sys.argv = sys.argv[1:]
+launcher = PoprunLauncher(instances=2)
+launcher.launch(print, launcher.plan(LaunchRequest(local_size=int(sys.argv.pop()))))
+"""
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_instances_that_poprun_starts_train_one_model(tmp_path, replicas):
+    """Started by the launcher, with a stand-in for ``poprun``, against one process on the CPU."""
+    program, starter = tmp_path / "poprun", tmp_path / "starter.py"
+    program.write_text(POPRUN.format(python=sys.executable, namespace=tmp_path))
+    program.chmod(0o755)
+    starter.write_text(STARTER)
     base = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(FAKE)}
+    base["PATH"] = os.pathsep.join([str(tmp_path), base["PATH"]])
 
-    def start(accelerator, rows, **env):
-        options = {"batch_size": rows, "shuffle": False, "max_epochs": 1}
-        options = json.dumps({**options, "enable_checkpointing": False})
-        return subprocess.Popen(
-            [sys.executable, str(SCRIPT), accelerator, options],
-            env={**base, **env},
-            stdout=subprocess.PIPE,
-            text=True,
+    def run(words, accelerator, *more, **options):
+        options |= {"shuffle": False, "max_epochs": 1, "enable_checkpointing": False}
+        command = [sys.executable, *words, str(SCRIPT), accelerator, json.dumps(options), *more]
+        done = subprocess.run(
+            command, env=base, capture_output=True, text=True, timeout=110, check=False
         )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
 
-    told = {"POPDIST_NUM_TOTAL_REPLICAS": "2", "POPDIST_NUM_LOCAL_REPLICAS": "1"}
-    told |= {"POPDIST_NUM_IPUS_PER_REPLICA": "1", "PMIX_NAMESPACE": str(tmp_path)}
-    places = ("POPDIST_REPLICA_INDEX_OFFSET", "POPDIST_LOCAL_INSTANCE_INDEX")
-    ranks = [start("ipu", 4, **told, **dict.fromkeys(places, str(rank))) for rank in range(2)]
-    outputs = [rank.communicate(timeout=100)[0] for rank in ranks]
-    alone = start("cpu", 8).communicate(timeout=100)[0]
-    found, wanted = (json.loads(text.splitlines()[-1]) for text in (outputs[0], alone))
+    # Each instance has its share of the batch, which its replicas share.
+    found = run([str(starter)], "ipu", str(replicas), batch_size=4, devices=replicas)
+    wanted = run([], "cpu", batch_size=8, devices=1)
     assert found["steps"] == wanted["steps"] == 8
     assert found["total"] == pytest.approx(wanted["total"], rel=1e-5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 from poptorch import devices
 from poptorch.optim import VariableAttributes
-from poptorch.wrapping import PoptorchParameter
+from poptorch.wrapping import PoptorchParameter, plain
 from torch import nn
 
 RECORD = json.loads((Path(__file__).parent / "signatures.json").read_text(encoding="utf-8"))
@@ -400,6 +402,16 @@ def test_arguments_must_stay_what_they_were(executors: Any) -> None:
             executor(*args, **kwargs)
 
 
+def test_arguments_are_those_of_the_forward(executors: Any) -> None:
+    features, targets = batch()
+    executor = executors()
+    with pytest.raises(poptorch.Error, match="Mandatory parameter targets missing"):
+        executor(features)
+    with pytest.raises(AssertionError, match="Too many arguments"):
+        executor(features, targets, targets)
+    executor(features, targets=targets)
+
+
 def test_a_batch_must_be_a_multiple(executors: Any) -> None:
     with pytest.raises(AssertionError, match="Invalid batch dimension"):
         executors(chosen=options(accumulation=3))(*batch(4))
@@ -571,6 +583,51 @@ def test_an_evaluation_that_stays_attached_keeps_its_weights(executors: Any) -> 
     assert torch.equal(executor(x), first)
     executor.copyWeightsToDevice()
     assert torch.equal(executor(x), network.bias.expand(4, 2))
+
+
+def test_an_evaluation_of_what_is_trained_asks_for_its_weights(executors: Any) -> None:
+    module = Step(linear())
+    training = executors(module)
+    evaluation = executors.evaluate(module)
+    for seed in range(2):
+        training(*batch(seed=seed))
+        training.detachFromDevice()
+        x, y = batch(seed=9)
+        wanted = by_hand(linear(), [[batch(seed=s)] for s in range(seed + 1)])
+        loss = (wanted(x) - y).square().mean().detach()
+        assert float(evaluation(x, y)) == pytest.approx(float(loss))
+        # It stays attached, and has the weights of the next round all the same.
+
+
+def instance(rank: Any, port: Any, answers: Any) -> Any:
+    """One of two processes that train one model."""
+    place = f"tcp://127.0.0.1:{port}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+    chosen, network = options(), linear()
+    chosen.Distributed.configureProcessId(rank, 2)
+    optimizer = poptorch.optim.SGD(network.parameters(), lr=0.1)
+    executor = poptorch.trainingModel(Step(network), chosen, optimizer)
+    executor(*batch(seed=rank))
+    executor.detachFromDevice()
+    answers.put((rank, plain(network.weight).tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_instances_reduce_their_gradients_on_the_device() -> None:
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    answers = context.Queue()
+    ranks = [context.Process(target=instance, args=(rank, port, answers)) for rank in range(2)]
+    for each in ranks:
+        each.start()
+    weights = dict(answers.get(timeout=60) for _ in ranks)
+    for each in ranks:
+        each.join(60)
+    wanted = by_hand(linear(), [[batch(seed=0), batch(seed=1)]]).weight.detach()
+    for weight in weights.values():
+        assert torch.allclose(torch.tensor(weight), wanted, atol=1e-6)
 
 
 # Pipelines

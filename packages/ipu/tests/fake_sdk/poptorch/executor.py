@@ -1,5 +1,6 @@
 """Executors: one call is a program that was traced and compiled before."""
 
+import inspect
 import os
 
 import torch
@@ -40,6 +41,8 @@ class PoplarExecutor:
             self._adopt(optimizer or torch.optim.SGD(module.parameters(), lr=0.01))
         else:
             self._module = shallow(module)
+        # An evaluation of what is being trained asks that program for its weights.
+        self._source = None if training else module.__dict__.get("_poptorch_executor")
 
     # What it is
     @property
@@ -70,6 +73,7 @@ class PoplarExecutor:
         if self._program is not None and holds("compiled-once"):
             return
         options = self._options
+        self._check_binding(args, kwargs)
         leaves, self._structure = pytree.tree_flatten((args, kwargs))
         self._first = leaves
         self._check_batch(leaves)
@@ -128,7 +132,20 @@ class PoplarExecutor:
                     f"Invalid batch dimension: {rows} is no multiple of {factor}"
                 )
 
+    def _check_binding(self, args, kwargs):
+        if not holds("arguments-bind"):
+            return
+        parameters = list(inspect.signature(type(self._module).forward).parameters.values())[1:]
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            most = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+            assert len(args) <= most, f"Too many arguments: {len(args)} for {most}"
+        for place, p in enumerate(parameters):
+            given = place < len(args) or p.name in kwargs or p.default is not p.empty
+            if not given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                raise Error(f"Mandatory parameter {p.name} missing")
+
     def _check_arguments(self, args, kwargs):
+        self._check_binding(args, kwargs)
         leaves, structure = pytree.tree_flatten((args, kwargs))
         again = "; make a new wrapper, or destroy() and recompile"
         if not holds("arguments-match"):
@@ -262,6 +279,10 @@ class PoplarExecutor:
         if not self._attached:
             self.attachToDevice()
         leaves = self._check_arguments(args, kwargs)
+        source = self._source() if self._source is not None else None
+        if source is not None and holds("refresh-after-training"):
+            source.copyWeightsToHostIfNeeded()
+            self._upload()
         if self._training and not holds("host-edits-stay"):
             self.copyWeightsToDevice()
         if not self._training and not holds("stale-inference"):

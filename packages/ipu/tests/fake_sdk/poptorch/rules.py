@@ -4,6 +4,7 @@ import os
 
 RULES = frozenset(
     {
+        "arguments-bind",
         "arguments-match",
         "attach-state",
         "batch-multiple",
@@ -33,6 +34,7 @@ RULES = frozenset(
         "popdist-refusals",
         "power-of-two",
         "read-on-detach",
+        "refresh-after-training",
         "replicas-and-buffers",
         "running-on-ipu",
         "stale-inference",
