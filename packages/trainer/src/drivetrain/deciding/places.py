@@ -120,7 +120,7 @@ def choose_places(draft: Draft, spec: BackendSpec, probe: Probe, num_nodes: int)
         _check_told_processes(draft, local)
     else:
         nodes = world.machines
-        if world.devices_apart and not one_process:
+        if world.devices_apart:  # how many there are says nothing of processes
             local = world.local_size
         _check_world(draft, world, local, num_nodes, nodes)
         places = Places(devices, nodes, world.size, world.local_size)
