@@ -390,6 +390,12 @@ def test_a_place_is_read_from_poprun() -> None:
     assert not POPDIST.detect({"OMPI_COMM_WORLD_RANK": "0"})
 
 
+def test_poprun_goes_before_the_mpirun_that_it_starts() -> None:
+    mpi = pytest.importorskip("drivetrain_toolkit.environments.mpi", reason="it needs newer torch")
+    found = next(value for value in vars(mpi).values() if getattr(value, "name", "") == "mpi")
+    assert POPDIST.priority > found.priority
+
+
 def test_several_hosts_need_an_address() -> None:
     hosts = {**ENV, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "POPDIST_LOCAL_INSTANCE_INDEX": "0"}
     with pytest.raises(ClusterError, match="MASTER_ADDR"):

@@ -27,8 +27,8 @@ class PopdistEnvironment:
     """
 
     name = "popdist"
-    #: ``poprun`` runs inside of what ``mpirun`` and batch systems set.
-    priority = 80
+    #: ``poprun`` starts ``mpirun``, in jobs of batch systems: it goes before both.
+    priority = 88
 
     def detect(self, env: Mapping[str, str]) -> tuple[str, ...]:
         """The variables of ``poprun``, if they are there."""
