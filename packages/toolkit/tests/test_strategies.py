@@ -24,8 +24,18 @@ from drivetrain_interfaces import (
 from torch import nn
 
 from drivetrain_toolkit import specs
-from drivetrain_toolkit.precision import FullPrecision, ScaledAutocastPrecision, TruePrecision
-from drivetrain_toolkit.strategies import DDPStrategy, SingleDeviceStrategy
+from drivetrain_toolkit.precision import (
+    FullPrecision,
+    ScaledAutocastPrecision,
+    TruePrecision,
+    make_precision,
+)
+from drivetrain_toolkit.strategies import (
+    DDPStrategy,
+    PipelineStrategy,
+    SingleDeviceStrategy,
+    TensorParallelStrategy,
+)
 
 BOTH = pytest.mark.parametrize(
     "strategy", [SingleDeviceStrategy(), DDPStrategy()], ids=["single", "ddp"]
@@ -122,6 +132,23 @@ def test_batch_statistics_over_processes_are_refused_on_a_cpu(lab, strategy):
     """S5"""
     with pytest.raises(UnsupportedError, match="'cpu' devices"):
         lab.bind(strategy, sync_batchnorm=True).prepare(nn.BatchNorm1d(2))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [PipelineStrategy(), TensorParallelStrategy(plan={"0": "colwise"})],
+    ids=["pipeline", "tp"],
+)
+def test_ranks_that_share_the_work_on_a_batch_have_no_statistics_to_share(lab, strategy):
+    """S5, B4: on any device"""
+    with pytest.raises(UnsupportedError, match=r"Batch statistics .* '(pipeline|tp)'"):
+        lab.bind(strategy, sync_batchnorm=True)
+
+
+def test_a_pipeline_refuses_to_scale_losses_before_it_has_a_module(lab):
+    """B4"""
+    with pytest.raises(UnsupportedError, match=r"'16-mixed' scales the loss.*'pipeline'"):
+        lab.bind(PipelineStrategy(), make_precision("16-mixed", "cpu"))
 
 
 @BOTH
