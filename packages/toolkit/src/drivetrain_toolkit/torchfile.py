@@ -33,7 +33,7 @@ _MARK: Final = object()
 # holds it, and those in copies of that; an entry of the memo; and one of the archive's directory.
 _OF_A_VALUE: Final = 64
 _OF_A_CONTAINER: Final = 192
-_OF_A_NOTE: Final = 100
+_OF_A_NOTE: Final = 160
 _OF_A_RECORD: Final = 20  # for each byte there
 
 
@@ -166,6 +166,14 @@ class _Program:
         }
 
     def run(self, program: bytes) -> Any:
+        try:
+            return self._followed(program)
+        finally:  # what refers to itself would keep its memory until somebody looks for that
+            self._handlers.clear()
+            self._memo.clear()
+            self._stack.clear()
+
+    def _followed(self, program: bytes) -> Any:
         for opcode, argument, _ in pickletools.genops(program):
             if opcode.name == "STOP":
                 return self._stack.pop()
