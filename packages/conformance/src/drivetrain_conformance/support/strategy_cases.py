@@ -308,8 +308,8 @@ def train_with_statistics(rank: Rank, name: str) -> dict[str, Any]:
     strategy = rank.bind(name, made, sync_batchnorm=True)
     setup = make_setup(strategy, made, module=WithStatistics(rank.world.rank))
     answer = answer_of(setup, setup.train(windows_of(rank.world.rank, 1)))
-    state = strategy.state().module if rank.world.rank == 0 else {}
-    answer["mean"] = state.get("norm.running_mean")
+    state = strategy.state().module  # ranks may have to help, and need not have it
+    answer["mean"] = state.get("norm.running_mean") if rank.world.rank == 0 else None
     return answer
 
 
