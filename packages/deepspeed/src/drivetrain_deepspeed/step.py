@@ -117,7 +117,9 @@ class EngineStep:
         loss = self._forward(microbatch)
         if self._before_backward is not None:
             self._before_backward(loss)
-        self._backward(loss if share is None else loss * share, scale_wrt_gas=False)
+        # Not the output itself: at stage 0 a hook on it would divide by the most of a window.
+        scaled = loss.view_as(loss) if share is None else loss * share
+        self._backward(scaled, scale_wrt_gas=False)
         if self._after_backward is not None:
             self._after_backward()
         return loss.detach()
