@@ -48,6 +48,8 @@ def symbols(folder: Path) -> tuple[set[str], dict[str, set[str]], set[str]]:
     lacking: dict[str, set[str]] = defaultdict(set)
     defined: set[str] = set()
     for library in sorted(folder.glob("*.so*")):
+        if library.name.partition(".so")[0] in LIBRARIES:
+            continue  # from an earlier run
         needed |= set(re.findall(r"NEEDED.*\[(.*?)\]", told("readelf", "-d", str(library))))
         for line in told("nm", "-D", str(library)).splitlines():
             *_, kind, symbol = line.split()
