@@ -48,26 +48,33 @@ PRECISIONS = ("64-true", "32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-t
 CLIPS = {"none": None, "norm": Clip(0.2), "value": Clip(0.03, "value")}
 WAYS = tuple(product((1, 3), CLIPS))
 
+#: Outputs of the first two layers, where they are not the usual ones: fewer than there are ranks.
+WIDTHS = {"narrow": (1, 1)}
+
 Cell = tuple[str, int, str]
 
 
 class Net(nn.Module):
     """Three layers in a sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 8, second: int = 6) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3)
+            nn.Linear(4, first),
+            nn.Tanh(),
+            nn.Linear(first, second),
+            nn.Tanh(),
+            nn.Linear(second, 3),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x)
 
 
-def net(seed: int) -> Net:
+def net(seed: int, *widths: int) -> Net:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Net()
+        return Net(*widths)
 
 
 def loss_of(module: nn.Module, batch: Any) -> torch.Tensor:
@@ -175,7 +182,7 @@ def _whole(module: nn.Module, strategy: Any) -> dict[str, torch.Tensor]:
 def odd(rank: Any, name: str, what: str, rows: int = ROWS) -> dict[str, Any]:
     """Train with something that not every strategy can do; the text of the refusal, or the end."""
     ranks = STRATEGIES[name][2]
-    module = net(rank.world.rank)
+    module = net(rank.world.rank, *WIDTHS.get(what, ()))
     if what == "unused":
         module.spare = nn.Linear(2, 2)
     if what == "frozen":
@@ -201,7 +208,7 @@ def odd(rank: Any, name: str, what: str, rows: int = ROWS) -> dict[str, Any]:
 
 def odd_by_hand(start: dict[str, torch.Tensor], what: str, ranks: int, rows: int = ROWS) -> Any:
     """The same in one process."""
-    module = Net().double()
+    module = Net(*WIDTHS.get(what, ())).double()
     module.load_state_dict({n: v for n, v in start.items() if not n.startswith("spare")})
     module.layers[2].requires_grad_(what != "frozen")
     optimizer = momentum(module)
