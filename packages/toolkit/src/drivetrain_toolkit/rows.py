@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from drivetrain_toolkit.steps import EagerTrainStep
 
+# Newer torch warns of the older name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 #: Bytes before the rows of a message, and the step in which tensors begin in it.
 _HEADER = 16
 
@@ -136,7 +139,7 @@ class Gathered:
                 _view(mine, start, rows, tensor).copy_(tensor)
         ranks = dist.get_world_size(self._group)
         together = torch.empty(ranks * starts[-1], dtype=torch.uint8, device=home)
-        dist.all_gather_into_tensor(together, mine, group=self._group)
+        _all_gather(together, mine, group=self._group)
         sent = together.view(ranks, -1).unbind()
         self.counts = [int(each[:8].view(torch.int64)) for each in sent]
         return [
