@@ -24,6 +24,7 @@ from drivetrain_toolkit.state import (
     restore_module,
     restore_optimizers,
 )
+from drivetrain_toolkit.strategies.eager import WholeEvalStep
 from torch import Tensor, nn
 from torch_xla.distributed.fsdp import XlaFullyShardedDataParallel
 
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
         EvalStep,
         ManualSpec,
         ManualStep,
-        Precision,
         StepSpec,
         StrategyContext,
         TrainStep,
@@ -343,21 +343,10 @@ class _Root(nn.Module):
         return loss(self.module, batch)
 
 
-class _WholeEvalStep(XlaEvalStep):
-    """Evaluation with a whole module on every rank between entering and leaving."""
+class _WholeEvalStep(WholeEvalStep, XlaEvalStep):
+    """Evaluation with a whole module on every rank, each batch as one graph."""
 
-    __slots__ = ("_parts",)
-
-    def __init__(self, spec: EvalSpec, precision: Precision, parts: Parts) -> None:
-        super().__init__(spec, precision)
-        self._parts = parts
-
-    def __enter__(self) -> Self:
-        self._parts.gather()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._parts.scatter()
+    __slots__ = ()
 
 
 def _renew(module: nn.Module) -> None:
